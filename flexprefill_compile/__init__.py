@@ -1,0 +1,18 @@
+"""Sparse prefill for any PyTorch model: ``torch.compile(model, backend="flexprefill")``."""
+
+from flexprefill_compile import block_masks
+from flexprefill_compile.config import InvalidOptionError, SparsePrefillConfig
+from flexprefill_compile.decorator import sparse_prefill
+from flexprefill_compile.explain import explain
+from flexprefill_compile.report import AttentionSkippedError, RewriteReport, SkipReason
+
+__all__ = [
+    "AttentionSkippedError",
+    "InvalidOptionError",
+    "RewriteReport",
+    "SkipReason",
+    "SparsePrefillConfig",
+    "block_masks",
+    "explain",
+    "sparse_prefill",
+]

@@ -1,0 +1,141 @@
+"""The backend "flexprefill": run the pass over a dynamo graph, hand the graph to inductor, keep the report.
+
+    torch.compile(model, backend="flexprefill", options={"gamma": 0.9})
+
+    dynamo graph -> SparsePrefillPass -> inductor -> compiled graph
+                          |                  |
+                      RewriteReport     failed: that site goes back to dense
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+from flexprefill_compile.config import SparsePrefillConfig, split_options
+from flexprefill_compile.passes.cpu_workarounds import fast_float32_products
+from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass, find_signatures
+from flexprefill_compile.report import RewriteReport, Site, check_skips
+from flexprefill_compile.torch_internals import (
+    CONTROL_FLOW,
+    GraphSnapshot,
+    compile_with_inductor,
+    inductor_option_names,
+    list_mode_options,
+)
+
+logger = logging.getLogger(__name__)
+CompiledGraph = Callable[..., Any]
+
+
+class FlexPrefillBackend:
+    """A backend for ``torch.compile`` that runs prefill attention sparse.
+
+    Attributes:
+        report: Every attention call that this backend compiled, until ``torch.compiler.reset()``.
+    """
+
+    __name__ = "flexprefill"
+
+    def __init__(self) -> None:
+        self.report = RewriteReport()
+
+    def __call__(
+        self,
+        graph_module: GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> CompiledGraph:
+        """Compile a dynamo graph.
+
+        Args:
+            graph_module: What dynamo captured.
+            example_inputs: Its inputs, as fake tensors and symbols.
+            mode: As for inductor.
+            options: Fields of SparsePrefillConfig; the others go to inductor.
+
+        Raises:
+            InvalidOptionError: An unknown option, or a value out of range.
+            AttentionSkippedError: ``on_skip="raise"`` and a call must stay dense.
+        """
+        config, config_patches = split_options(options, inductor_option_names())
+        if mode is not None:
+            config_patches = list_mode_options(mode) | config_patches
+        compiled, sites = compile_graph(graph_module, example_inputs, config, config_patches)
+        self.report = RewriteReport(self.report.sites + tuple(sites))
+        return compiled
+
+    def reset(self) -> None:
+        """Forget the report; dynamo calls this when its own caches are reset."""
+        self.report = RewriteReport()
+
+
+flexprefill = FlexPrefillBackend()
+
+
+def compile_graph(
+    graph_module: GraphModule, example_inputs: Sequence[Any], config: SparsePrefillConfig, config_patches: dict[str, Any]
+) -> tuple[CompiledGraph, list[Site]]:
+    """Rewrite a graph and compile it; attention that inductor fails on in its sparse form is left dense.
+
+    Returns:
+        The compiled graph, and what became of each of its attention calls.
+    """
+    snapshot = GraphSnapshot(graph_module)
+
+    def attempt(failures: Mapping[object, str]) -> tuple[CompiledGraph, list[Site]]:
+        snapshot.restore()
+        sparse_prefill = SparsePrefillPass(config, failures)
+        sparse_prefill(graph_module)
+        if config.on_skip == "raise":
+            check_skips(sparse_prefill.sites)
+        with fast_float32_products():
+            return compile_with_inductor(graph_module, example_inputs, config_patches), sparse_prefill.sites
+
+    signatures = find_signatures(graph_module, config.min_length)
+    try:
+        return attempt({})
+    except CONTROL_FLOW:
+        raise
+    except Exception as error:
+        if not signatures:
+            raise
+        failures = find_failures(attempt, signatures, error)
+    for signature, message in failures.items():
+        logger.warning("attention stays dense: %s failed to lower: %s", signature, message)
+    return attempt(failures)
+
+
+def find_failures(
+    attempt: Callable[[Mapping[object, str]], object], signatures: Sequence[object], error: Exception
+) -> dict[object, str]:
+    """Find out which kinds of sites a failed compile is to blame on, by compiling with one kind sparse at a time.
+
+    Args:
+        attempt: Compiles the graph with the given signatures dense; raises if it fails.
+        signatures: The distinct signatures of the graph's sites.
+        error: What the compile with all of them sparse raised.
+
+    Returns:
+        The signatures to leave dense, each with its error. All of them, if they only fail together.
+    """
+    failures: dict[object, str] = {}
+    if len(signatures) > 1:
+        for signature in signatures:
+            try:
+                attempt({other: "" for other in signatures if other != signature})
+            except CONTROL_FLOW:
+                raise
+            except Exception as own_error:
+                failures[signature] = _summarise(own_error)
+    return failures or dict.fromkeys(signatures, _summarise(error))
+
+
+def _summarise(error: Exception) -> str:
+    first_line = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first_line.strip()}"[:200]

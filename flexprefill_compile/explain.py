@@ -1,0 +1,38 @@
+"""``explain``: what becomes of each attention call of a model, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from flexprefill_compile.backend import FlexPrefillBackend
+from flexprefill_compile.report import RewriteReport
+
+
+def explain(
+    model: Callable[..., Any], /, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> RewriteReport:
+    """Compile and run a model once; print and return what became of each of its attention calls.
+
+    The model is really compiled, as ``torch.compile`` does with the same options and in the same grad mode, so what the
+    report says is what runs, lowering included; inductor's caches make the next compile of the model short.
+
+    Args:
+        model: A function or nn.Module.
+        *args: Its inputs.
+        options: As for ``torch.compile``.
+        **kwargs: Its inputs by name.
+
+    Returns:
+        The report, one site an attention call, in the order of the graphs; ``str()`` is the table printed.
+
+    Raises:
+        InvalidOptionError: An unknown option, or a value out of range.
+    """
+    backend = FlexPrefillBackend()
+    model = getattr(model, "_orig_mod", model)
+    torch.compile(model, backend=backend, options=dict(options or {}))(*args, **kwargs)
+    print(backend.report)
+    return backend.report

@@ -1,0 +1,57 @@
+"""The custom ops that appear in a rewritten graph: their schemas and fakes. Torch only, registered at import.
+
+The kernels are registered by ``block_masks/prefill.py`` and, for the CPU's ``realize``, here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "flexprefill"
+SELECT_BLOCKS = f"{NAMESPACE}::select_blocks"
+REALIZE = f"{NAMESPACE}::realize"
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+_library.define(
+    "select_blocks(Tensor query, Tensor key, Tensor? value, float scale, float gamma, float tau, int min_budget, "
+    "int? max_budget, int block_size, str estimator) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define("realize(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.register_fake(SELECT_BLOCKS, lib=_library)
+def _fake_select_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    scale: float,
+    gamma: float,
+    tau: float,
+    min_budget: int,
+    max_budget: int | None,
+    block_size: int,
+    estimator: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, length, _ = query.shape
+    num_blocks = (length + block_size - 1) // block_size
+    counts = (batch, heads, num_blocks)
+    indices = (batch, heads, num_blocks, num_blocks)
+    return (
+        query.new_empty(counts, dtype=torch.int32),
+        query.new_empty(indices, dtype=torch.int32),
+        query.new_empty(counts, dtype=torch.int32),
+        query.new_empty(indices, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake(REALIZE, lib=_library)
+def _fake_realize(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.impl(REALIZE, "CPU", lib=_library)
+def _realize(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)

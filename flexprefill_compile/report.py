@@ -1,0 +1,129 @@
+"""What the passes did to each attention call, and why, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterable, Sequence
+
+from flexprefill_compile.torch_internals import PassesThroughDynamo
+
+
+class SkipReason(enum.Enum):
+    """Why an attention call stayed dense; the value says it in words."""
+
+    DECODE = "one query: a decode step"
+    TOO_SHORT = "prompt shorter than min_length"
+    EXPLICIT_MASK = "has an explicit attn_mask"
+    NOT_CAUSAL = "not causal"
+    DROPOUT = "has dropout"
+    GRADIENT = "under autograd; sparse prefill is inference only, use torch.no_grad()"
+    LENGTHS_DIFFER = "query and key lengths differ, or can't be compared"
+    SHAPE = "not (B, H, S, D) with query heads a multiple of key heads"
+    HEAD_DIM = "head dimension below FlexAttention's smallest"
+    DTYPE = "dtype that FlexAttention doesn't take"
+    DEVICE = "device other than CPU and CUDA"
+    TENSOR_SUBCLASS = "a tensor subclass, or not known to be a tensor"
+    LOWERING_FAILED = "inductor failed on the sparse form"
+
+    @property
+    def is_by_design(self) -> bool:
+        """Whether dense attention is the right choice here, so that ``on_skip="raise"`` lets it pass."""
+        return self in {SkipReason.DECODE, SkipReason.TOO_SHORT}
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShapes:
+    """The sizes of one attention call, as text: symbolic ones by their symbols."""
+
+    query: str
+    key: str
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewritten:
+    """An attention call that runs sparse now.
+
+    Attributes:
+        name: Where it stands in the model, as in ``model.get_submodule``.
+        shapes: Its sizes.
+    """
+
+    name: str
+    shapes: AttentionShapes
+
+    rewritten = True
+    reason = None
+    detail = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """An attention call that stayed dense.
+
+    Attributes:
+        name: Where it stands in the model, as in ``model.get_submodule``.
+        shapes: Its sizes, as far as they are known.
+        reason: Why.
+        detail: The value that decided, or the error of a lowering that failed.
+    """
+
+    name: str
+    shapes: AttentionShapes
+    reason: SkipReason
+    detail: str = ""
+
+    rewritten = False
+
+
+Site = Rewritten | Skipped
+
+
+@dataclasses.dataclass(frozen=True)
+class RewriteReport:
+    """Every attention call that was compiled, in the order of the graphs; ``str()`` is a table."""
+
+    sites: tuple[Site, ...] = ()
+
+    @property
+    def num_rewritten(self) -> int:
+        """How many calls run sparse."""
+        return sum(site.rewritten for site in self.sites)
+
+    def __str__(self) -> str:
+        """Return a line for each attention call, then the total."""
+        if not self.sites:
+            return "no scaled_dot_product_attention was compiled"
+        rows = [(site.name, site.shapes.query, site.shapes.key, site.shapes.dtype, _outcome(site)) for site in self.sites]
+        table = format_table(("attention call", "query", "key", "dtype", "outcome"), rows)
+        return f"{table}\n{self.num_rewritten} of {len(self.sites)} attention calls rewritten"
+
+
+class AttentionSkippedError(PassesThroughDynamo, RuntimeError):
+    """``on_skip="raise"`` and an attention call has to stay dense."""
+
+
+def check_skips(sites: Iterable[Site]) -> None:
+    """Raise if an attention call stayed dense for want of support.
+
+    Raises:
+        AttentionSkippedError: Names the first such call and its reason.
+    """
+    for site in sites:
+        if isinstance(site, Skipped) and not site.reason.is_by_design:
+            raise AttentionSkippedError(f"attention call {site.name} must stay dense: {_outcome(site)} (on_skip='raise')")
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out rows of text in aligned columns under a header."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
+
+
+def _outcome(site: Site) -> str:
+    if isinstance(site, Rewritten):
+        return "rewritten"
+    return f"dense: {site.reason.value}" + (f" ({site.detail})" if site.detail else "")

@@ -1,0 +1,102 @@
+"""Every private name of torch that this project uses, in one place.
+
+Checked on torch 2.11, 2.13 and 2.14. What a new torch release moves or renames is repaired here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
+from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule
+from torch.nn.attention.flex_attention import _apply_kernel_options
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+
+__all__ = [
+    "CONTROL_FLOW",
+    "FakeTensor",
+    "GraphSnapshot",
+    "PassesThroughDynamo",
+    "compile_with_inductor",
+    "complete_kernel_options",
+    "cpp_flex_attention_template",
+    "flex_attention_hop",
+    "guard_or_false",
+    "inductor_option_names",
+    "list_mode_options",
+    "statically_known_true",
+]
+
+
+class PassesThroughDynamo(ShortenTraceback):  # type: ignore[misc]
+    """An error that reaches the caller of a compiled function as itself.
+
+    Dynamo wraps what a backend raises into BackendCompilerFailed, with pages of its own frames, unless it is one of these.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+
+
+# How dynamo steers a compile, and errors meant for the user: never a failed lowering.
+CONTROL_FLOW = (RestartAnalysis, SkipFrame, PassesThroughDynamo)
+
+
+def inductor_option_names() -> frozenset[str]:
+    """Return the names that inductor accepts in ``options=``."""
+    return frozenset(inductor_config.get_config_copy())
+
+
+def compile_with_inductor(
+    graph_module: GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile a dynamo graph as ``backend="inductor"`` does."""
+    compiled: Callable[..., Any] = compile_fx(graph_module, example_inputs, config_patches=config_patches)
+    return compiled
+
+
+class GraphSnapshot:
+    """A dynamo graph module as it was, to try another rewrite after one that failed."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self._graphs = [
+            (module, _copy_graph(module.graph)) for module in graph_module.modules() if isinstance(module, GraphModule)
+        ]
+
+    def restore(self) -> None:
+        """Undo what happened to the graph and its child graphs; submodules that were added stay."""
+        for module, graph in self._graphs:
+            module.graph = _copy_graph(graph)
+            module.recompile()
+
+
+def _copy_graph(graph: Graph) -> Graph:
+    copied = copy.deepcopy(graph)
+    for old, new in zip(graph.find_nodes(op="placeholder"), copied.find_nodes(op="placeholder"), strict=True):
+        # Dynamo notes where an input comes from on the node itself, which copies only its meta.
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return copied
+
+
+def complete_kernel_options(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """Add the options that FlexAttention's op expects beside the user's, for inference without auxiliary outputs."""
+    with torch.no_grad():
+        return dict(_apply_kernel_options(query, key, value, False, options))
+
+
+def cpp_flex_attention_template() -> ModuleType:
+    """Import the module of inductor's FlexAttention for the CPU; its imports are circular unless lowering comes first."""
+    import_module("torch._inductor.lowering")
+    return import_module("torch._inductor.codegen.cpp_flex_attention_template")

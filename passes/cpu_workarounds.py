@@ -1,0 +1,82 @@
+"""Ways around bugs of inductor's FlexAttention on the CPU, all in one place. The GPU path uses none of this.
+
+1. A query or key that is a view of a Linear's output fails to lower, and so does a pointwise consumer of the output,
+   which inductor tries to fuse into the C++ template. The op ``flexprefill::realize``, a contiguous copy that inductor
+   can't see through, parts the template from its neighbours.
+2. For float32 the template multiplies queries by keys one score at a time, which makes attention almost three times
+   slower than dense. While our graphs compile, that product is a transposition and a call of ATen's ``brgemm``, as the
+   template's other product already is.
+
+Checked on torch 2.11, 2.13 and 2.14; ``tests/test_cpu_workarounds.py`` says when each can go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.fx import Node
+
+from flexprefill_compile.torch_internals import cpp_flex_attention_template
+
+QUERY_KEY_PRODUCT = """
+template <bool accum>
+inline void {name}(
+    const float* A, const float* B, float* C, int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc) {{
+  constexpr int64_t TILE = 16;
+  static thread_local std::vector<float> transposed;
+  transposed.resize(N * K);
+  for (int64_t n = 0; n < N; n += TILE) {{
+    for (int64_t k = 0; k < K; k += TILE) {{
+      const float* source = B + n * ldb + k;
+      float* target = transposed.data() + k * N + n;
+      if (N - n >= TILE && K - k >= TILE) {{
+        at::vec::transpose_mxn<float, TILE, TILE>(source, ldb, target, N);
+      }} else {{
+        at::vec::transpose_mxn<float>(source, ldb, target, N, std::min(TILE, N - n), std::min(TILE, K - k));
+      }}
+    }}
+  }}
+  at::native::cpublas::brgemm(M, N, K, lda, N, ldc, accum, A, transposed.data(), C, false);
+}}
+"""
+CACHE_TAG = f"flexprefill {hashlib.sha256(QUERY_KEY_PRODUCT.encode()).hexdigest()[:16]}"
+
+
+def realize_on_cpu(insert: Callable[..., Node], x: Node, device: torch.device) -> Node:
+    """Put a copy behind ``x`` if the device is the CPU; return what to use in place of ``x``.
+
+    Args:
+        insert: Adds a call of a function to the graph.
+        x: An input or the output of FlexAttention.
+        device: Where it lives.
+    """
+    return insert(torch.ops.flexprefill.realize.default, x) if device.type == "cpu" else x
+
+
+@contextlib.contextmanager
+def fast_float32_products() -> Iterator[None]:
+    """While active, inductor's FlexAttention for the CPU computes float32 scores by ``brgemm``.
+
+    What is compiled meanwhile is cached under a tag of its own: inductor's cache keys see graphs, not templates.
+    """
+    template = cpp_flex_attention_template().CppFlexAttentionTemplate
+    define_products = template.micro_gemm_define
+
+    def define_fast_products(self: Any, kernel_name: str) -> str:
+        source: str = define_products(self, kernel_name)
+        if self.input_dtype != torch.float32:
+            return source
+        slow = f"{kernel_name}_kernel_micro_gemm_transpose_b"
+        return source.replace(slow, f"{slow}_unused") + QUERY_KEY_PRODUCT.format(name=slow)
+
+    tag = f"{torch.compiler.config.cache_key_tag} {CACHE_TAG}"
+    with (
+        mock.patch.object(template, "micro_gemm_define", define_fast_products),
+        torch.compiler.config.patch(cache_key_tag=tag),
+    ):
+        yield
