@@ -9,7 +9,8 @@ from torch import Tensor
 
 from flexprefill_compile.block_masks.layout import sum_blocks
 
-KEY_CHUNK_TOKENS = 4096
+# How many scores are held at once: what fits a CPU's cache, what fills a GPU.
+SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
 
 
 class RepresentativeAttention(NamedTuple):
@@ -29,8 +30,9 @@ def compute_representative_attention(
 ) -> RepresentativeAttention:
     """Pool softmax(Q^ K^T) of the last queries onto key blocks and block diagonals.
 
-    The scores are made twice, ``KEY_CHUNK_TOKENS`` keys at a time: first for the softmax's normaliser, then for the
-    masses. Memory peaks at four float32 tensors of (B, H, R, KEY_CHUNK_TOKENS) and two of (B, H, S), whatever S.
+    The scores are made twice, a chunk of keys at a time: first for the softmax's normaliser, then for the masses.
+    Memory peaks at four tensors of ``SCORES_AT_ONCE`` numbers (a chunk is at least a block of keys, so more where
+    B * H * R * block_size is) and two of (B, H, S).
 
     Args:
         queries: (B, H, R, D), the last R queries of the prompt, float32 or float64, the dtype of the computation.
@@ -44,10 +46,11 @@ def compute_representative_attention(
     num_kv_heads, length = key.shape[1:3]
     # Last query first: a row's distance to the end then equals its index, which pays off in _sum_diagonals.
     rows = (queries.flip(-2) * scale).reshape(batch, num_kv_heads, -1, head_dim)
+    chunk_tokens = max(block_size, SCORES_AT_ONCE[key.device.type] // (batch * heads * num_rows))
     row_positions = torch.arange(length - 1, length - 1 - num_rows, -1, device=key.device)
 
     def score_chunk(start: int) -> Tensor:
-        chunk = key[:, :, start : start + KEY_CHUNK_TOKENS].to(rows.dtype)
+        chunk = key[:, :, start : start + chunk_tokens].to(rows.dtype)
         scores = (rows @ chunk.mT).view(batch, heads, num_rows, -1)
         stop = start + scores.shape[-1]
         if stop > length - num_rows:
@@ -55,7 +58,7 @@ def compute_representative_attention(
             scores.masked_fill_(is_future, -torch.inf)
         return scores
 
-    starts = range(0, length, KEY_CHUNK_TOKENS)
+    starts = range(0, length, chunk_tokens)
     log_total = score_chunk(0).logsumexp(-1)
     for start in starts[1:]:
         log_total = torch.logaddexp(log_total, score_chunk(start).logsumexp(-1))

@@ -57,5 +57,6 @@ def _best_in_row(score: Tensor, candidates: Tensor, count: int) -> Tensor:
     """Return the ``count`` best-scored candidates of each row, or all where there are fewer."""
     if count >= candidates.shape[-1]:
         return candidates.expand_as(score)
-    best = score.masked_fill(~candidates, -torch.inf).topk(count, dim=-1, sorted=False).indices
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True) & candidates
+    # A stable sort rather than topk, which leaves open how ties are broken.
+    order = score.masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[..., :count], True) & candidates
