@@ -1,8 +1,9 @@
 """Tensors to block masks: which blocks of attention a prompt needs, estimated at run time."""
 
 if not __name__.startswith("flexprefill_compile."):
-    raise ImportError("import flexprefill_compile.block_masks: a second import as 'block_masks' would register ops twice")
+    raise ImportError("import flexprefill_compile.block_masks; as 'block_masks' it would register its ops twice")
 
 from flexprefill_compile.block_masks.prefill import create_prefill_block_mask
+from flexprefill_compile.block_masks.recording import record_densities
 
-__all__ = ["create_prefill_block_mask"]
+__all__ = ["create_prefill_block_mask", "record_densities"]

@@ -38,7 +38,8 @@ def pool_blocks(x: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
         (B, H, num_blocks, D).
     """
     whole = x.shape[-2] // block_size * block_size
-    means = x[..., :whole, :].unflatten(-2, (-1, block_size)).mean(-2, dtype=dtype)
+    blocks: Tensor = x[..., :whole, :].unflatten(-2, (-1, block_size))
+    means = blocks.mean(-2, dtype=dtype)
     if whole == x.shape[-2]:
         return means
     return torch.cat([means, x[..., whole:, :].mean(-2, keepdim=True, dtype=dtype)], dim=-2)
@@ -47,7 +48,8 @@ def pool_blocks(x: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
 def sum_blocks(x: Tensor, block_size: int) -> Tensor:
     """Sum the tokens of each block: (..., S) to (..., num_blocks)."""
     padding = -x.shape[-1] % block_size
-    return torch.nn.functional.pad(x, (0, padding)).unflatten(-1, (-1, block_size)).sum(-1)
+    blocks: Tensor = torch.nn.functional.pad(x, (0, padding)).unflatten(-1, (-1, block_size))
+    return blocks.sum(-1)
 
 
 def create_causal_grid(num_blocks: int, device: torch.device) -> Tensor:

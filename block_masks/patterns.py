@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.special import entr
 
 
-def is_query_aware(pooled_queries: Tensor, pooled_key: Tensor, true_columns: Tensor, scale: float, tau: float) -> Tensor:
+def is_query_aware(
+    pooled_queries: Tensor, pooled_key: Tensor, true_columns: Tensor, scale: float, tau: float
+) -> Tensor:
     """Tell for each head whether its cheap pooled estimate can be trusted; otherwise it is vertical-slash.
 
     Args:
@@ -29,4 +32,4 @@ def compute_js_distance(p: Tensor, q: Tensor) -> Tensor:
     Written as entropies, where a bin of zero mass counts as zero instead of NaN.
     """
     divergence = entr((p + q) / 2).sum(-1) - (entr(p).sum(-1) + entr(q).sum(-1)) / 2
-    return divergence.clamp(min=0).sqrt()
+    return torch.sqrt(divergence.clamp(min=0))

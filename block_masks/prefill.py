@@ -22,6 +22,7 @@ from flexprefill_compile.block_masks.layout import (
 )
 from flexprefill_compile.block_masks.patterns import is_query_aware
 from flexprefill_compile.block_masks.query_aware import select_query_aware
+from flexprefill_compile.block_masks.recording import record
 from flexprefill_compile.block_masks.representative import compute_representative_attention
 from flexprefill_compile.block_masks.select import apply_budget
 from flexprefill_compile.block_masks.vertical_slash import select_vertical_slash
@@ -149,7 +150,6 @@ def select_prefill_blocks(
     return torch.where(is_finite[..., None, None], selected, causal)
 
 
-@torch.library.impl(SELECT_BLOCKS, ("CPU", "CUDA"))
 def _select_blocks(
     query: Tensor,
     key: Tensor,
@@ -170,4 +170,9 @@ def _select_blocks(
         block_size=block_size,
         estimator=estimator,
     )
-    return pack_causal_blocks(select_prefill_blocks(query, key, value, scale, config))
+    tables = pack_causal_blocks(select_prefill_blocks(query, key, value, scale, config))
+    record(tables)
+    return tables
+
+
+torch.library.impl(SELECT_BLOCKS, ("CPU", "CUDA"), _select_blocks)

@@ -107,4 +107,5 @@ def _sum_diagonals(mass: Tensor) -> Tensor:
     # Rows padded to R + C and read back in rows of R + C - 1: each is shifted right by one more than the last.
     width = num_rows + num_columns - 1
     padded = torch.nn.functional.pad(mass, (0, num_rows)).flatten(-2)
-    return padded[..., : num_rows * width].unflatten(-1, (num_rows, width)).sum(-2)
+    shifted: Tensor = padded[..., : num_rows * width].unflatten(-1, (num_rows, width))
+    return shifted.sum(-2)

@@ -24,6 +24,6 @@ def select_vertical_slash(attention: RepresentativeAttention, gamma: float) -> t
 
 
 def spread_diagonals(diagonals: Tensor) -> Tensor:
-    """Write entry d of (..., num_blocks) to the blocks with query block - key block = d: (..., num_blocks, num_blocks)."""
+    """Write entry d of (..., num_blocks) to the blocks of diagonal d: (..., num_blocks, num_blocks)."""
     block = torch.arange(diagonals.shape[-1], device=diagonals.device)
     return diagonals[..., (block[:, None] - block).clamp(min=0)]

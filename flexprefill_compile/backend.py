@@ -1,10 +1,10 @@
 """The backend "flexprefill": run the pass over a dynamo graph, hand the graph to inductor, keep the report.
 
-    torch.compile(model, backend="flexprefill", options={"gamma": 0.9})
+torch.compile(model, backend="flexprefill", options={"gamma": 0.9})
 
-    dynamo graph -> SparsePrefillPass -> inductor -> compiled graph
-                          |                  |
-                      RewriteReport     failed: that site goes back to dense
+dynamo graph -> SparsePrefillPass -> inductor -> compiled graph
+                      |                  |
+                  RewriteReport     failed: that site goes back to dense
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ flexprefill = FlexPrefillBackend()
 
 
 def compile_graph(
-    graph_module: GraphModule, example_inputs: Sequence[Any], config: SparsePrefillConfig, config_patches: dict[str, Any]
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    config: SparsePrefillConfig,
+    config_patches: dict[str, Any],
 ) -> tuple[CompiledGraph, list[Site]]:
     """Rewrite a graph and compile it; attention that inductor fails on in its sparse form is left dense.
 

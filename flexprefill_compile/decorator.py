@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import nn
@@ -45,7 +45,12 @@ def sparse_prefill(
         TypeError: The target can't be called.
     """
     split_options(options, inductor_option_names())
-    settings: dict[str, Any] = {"backend": "flexprefill", "dynamic": dynamic, "fullgraph": fullgraph, "options": options}
+    settings: dict[str, Any] = {
+        "backend": "flexprefill",
+        "dynamic": dynamic,
+        "fullgraph": fullgraph,
+        "options": options,
+    }
     if target is None:
         return lambda given: _compile(given, settings)
     return _compile(target, settings)
@@ -61,5 +66,4 @@ def _compile(target: T, settings: dict[str, Any]) -> T:
         return target
     if not callable(target) or isinstance(target, type):
         raise TypeError(f"sparse_prefill compiles a function, an nn.Module or a class of nn.Module, got {target!r}")
-    compiled: T = torch.compile(target, **settings)
-    return compiled
+    return cast("T", torch.compile(target, **settings))

@@ -22,7 +22,6 @@ _library.define(
 _library.define("realize(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-@torch.library.register_fake(SELECT_BLOCKS, lib=_library)
 def _fake_select_blocks(
     query: Tensor,
     key: Tensor,
@@ -47,11 +46,14 @@ def _fake_select_blocks(
     )
 
 
-@torch.library.register_fake(REALIZE, lib=_library)
 def _fake_realize(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.impl(REALIZE, "CPU", lib=_library)
 def _realize(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
+
+
+torch.library.register_fake(SELECT_BLOCKS, _fake_select_blocks, lib=_library)
+torch.library.register_fake(REALIZE, _fake_realize, lib=_library)
+torch.library.impl(REALIZE, "CPU", _realize, lib=_library)

@@ -95,7 +95,9 @@ class RewriteReport:
         """Return a line for each attention call, then the total."""
         if not self.sites:
             return "no scaled_dot_product_attention was compiled"
-        rows = [(site.name, site.shapes.query, site.shapes.key, site.shapes.dtype, _outcome(site)) for site in self.sites]
+        rows = [
+            (site.name, site.shapes.query, site.shapes.key, site.shapes.dtype, _outcome(site)) for site in self.sites
+        ]
         table = format_table(("attention call", "query", "key", "dtype", "outcome"), rows)
         return f"{table}\n{self.num_rewritten} of {len(self.sites)} attention calls rewritten"
 
@@ -112,7 +114,7 @@ def check_skips(sites: Iterable[Site]) -> None:
     """
     for site in sites:
         if isinstance(site, Skipped) and not site.reason.is_by_design:
-            raise AttentionSkippedError(f"attention call {site.name} must stay dense: {_outcome(site)} (on_skip='raise')")
+            raise AttentionSkippedError(f"on_skip='raise', and attention call {site.name} stays {_outcome(site)}")
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

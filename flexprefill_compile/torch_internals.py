@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import config as _compiler_config
 from torch.fx import Graph, GraphModule
-from torch.nn.attention.flex_attention import _apply_kernel_options
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+from torch.nn.attention.flex_attention import _apply_kernel_options
 
 __all__ = [
     "CONTROL_FLOW",
@@ -29,6 +30,7 @@ __all__ = [
     "GraphSnapshot",
     "PassesThroughDynamo",
     "compile_with_inductor",
+    "compiler_config",
     "complete_kernel_options",
     "cpp_flex_attention_template",
     "flex_attention_hop",
@@ -39,15 +41,17 @@ __all__ = [
 ]
 
 
-class PassesThroughDynamo(ShortenTraceback):  # type: ignore[misc]
+class PassesThroughDynamo(ShortenTraceback):
     """An error that reaches the caller of a compiled function as itself.
 
-    Dynamo wraps what a backend raises into BackendCompilerFailed, with pages of its own frames, unless it is one of these.
+    Dynamo wraps what else a backend raises into BackendCompilerFailed, with pages of its own frames.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(message, first_useful_frame=None)
 
+
+compiler_config: Any = _compiler_config  # torch adds its ``patch`` at run time, where mypy can't see it
 
 # How dynamo steers a compile, and errors meant for the user: never a failed lowering.
 CONTROL_FLOW = (RestartAnalysis, SkipFrame, PassesThroughDynamo)
@@ -62,8 +66,7 @@ def compile_with_inductor(
     graph_module: GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]
 ) -> Callable[..., Any]:
     """Compile a dynamo graph as ``backend="inductor"`` does."""
-    compiled: Callable[..., Any] = compile_fx(graph_module, example_inputs, config_patches=config_patches)
-    return compiled
+    return cast("Callable[..., Any]", compile_fx(graph_module, example_inputs, config_patches=config_patches))
 
 
 class GraphSnapshot:
@@ -93,10 +96,11 @@ def _copy_graph(graph: Graph) -> Graph:
 def complete_kernel_options(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> dict[str, Any]:
     """Add the options that FlexAttention's op expects beside the user's, for inference without auxiliary outputs."""
     with torch.no_grad():
-        return dict(_apply_kernel_options(query, key, value, False, options))
+        completed = _apply_kernel_options(query, key, value, return_lse=False, kernel_options=cast("Any", options))
+    return dict(completed)
 
 
 def cpp_flex_attention_template() -> ModuleType:
-    """Import the module of inductor's FlexAttention for the CPU; its imports are circular unless lowering comes first."""
+    """Import the module of inductor's FlexAttention for the CPU, which needs the lowerings imported first."""
     import_module("torch._inductor.lowering")
     return import_module("torch._inductor.codegen.cpp_flex_attention_template")

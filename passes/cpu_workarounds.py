@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch.fx import Node
 
-from flexprefill_compile.torch_internals import cpp_flex_attention_template
+from flexprefill_compile.torch_internals import compiler_config, cpp_flex_attention_template
 
 QUERY_KEY_PRODUCT = """
 template <bool accum>
@@ -74,9 +74,9 @@ def fast_float32_products() -> Iterator[None]:
         slow = f"{kernel_name}_kernel_micro_gemm_transpose_b"
         return source.replace(slow, f"{slow}_unused") + QUERY_KEY_PRODUCT.format(name=slow)
 
-    tag = f"{torch.compiler.config.cache_key_tag} {CACHE_TAG}"
+    tag = f"{compiler_config.cache_key_tag} {CACHE_TAG}"
     with (
         mock.patch.object(template, "micro_gemm_define", define_fast_products),
-        torch.compiler.config.patch(cache_key_tag=tag),
+        compiler_config.patch(cache_key_tag=tag),
     ):
         yield

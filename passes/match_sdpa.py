@@ -1,7 +1,7 @@
 """Find scaled_dot_product_attention in a dynamo graph and tell what can run sparse. Never mutates.
 
-    out = scaled_dot_product_attention(q, k, v, is_causal=True)    ->  SdpaSite
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask)    ->  Skipped(EXPLICIT_MASK)
+out = scaled_dot_product_attention(q, k, v, is_causal=True)    ->  SdpaSite
+out = scaled_dot_product_attention(q, k, v, attn_mask=mask)    ->  Skipped(EXPLICIT_MASK)
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def match_sdpa(node: Node, min_length: int) -> SdpaSite | Skipped:
     call = inspect.signature(_sdpa).bind(*node.args, **node.kwargs)
     call.apply_defaults()
     arguments = call.arguments
-    query, key, value, output = (example_of(x) for x in (arguments["query"], arguments["key"], arguments["value"], node))
+    query, key, value = (example_of(arguments[name]) for name in ("query", "key", "value"))
+    output = example_of(node)
     shapes = AttentionShapes(_format_shape(query), _format_shape(key), str(getattr(query, "dtype", "?"))[6:])
 
     # Cheap facts first; the lengths last, because they may add guards.
@@ -157,7 +158,7 @@ def _refuse_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         return SkipReason.SHAPE, f"batches broadcast: {shapes}"
     # int() pins symbolic counts: they are constants of a model, and inductor takes FlexAttention's as such only.
     num_heads, num_kv_heads, num_value_heads = (int(tensor.shape[1]) for tensor in (query, key, value))
-    shares_heads = num_heads == num_kv_heads or num_kv_heads == 1 or (enable_gqa and num_heads % num_kv_heads == 0)
+    shares_heads = num_kv_heads in {num_heads, 1} or (enable_gqa and num_heads % num_kv_heads == 0)
     if num_kv_heads != num_value_heads or not shares_heads:
         return SkipReason.SHAPE, shapes
     smallest = min(int(query.shape[-1]), int(value.shape[-1]))

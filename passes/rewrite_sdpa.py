@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node, symbolic_trace
+from torch.fx import Graph, GraphModule, Node, symbolic_trace
 from torch.utils._pytree import tree_map_only
 
 from flexprefill_compile.block_masks.layout import BlockTables
@@ -27,6 +27,8 @@ from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.passes.cpu_workarounds import realize_on_cpu
 from flexprefill_compile.passes.match_sdpa import SdpaSite, example_of
 from flexprefill_compile.torch_internals import complete_kernel_options, flex_attention_hop
+
+Insert = Callable[..., Node]
 
 # Fixed names, because inductor's caches key on them.
 MASK_MODULE = "flexprefill_causal_mask"
@@ -41,62 +43,79 @@ def rewrite_sdpa(site: SdpaSite, module: GraphModule, config: SparsePrefillConfi
         module: Its graph module; it gains the mask_mod and the score_mod as submodules.
         config: What to select.
     """
-    graph = module.graph
-    device = example_of(site.query).device
+    insert = _start_inserting(module.graph, site.node)
+    with module.graph.inserting_before(site.node):
+        query, key, value, scale = _insert_inputs(insert, site)
+        tables = _insert_selection(insert, query, key, value, scale, config)
+        attention = _insert_attention(module, query, key, value, scale, tables, config.block_size)
+        attention.meta["example_value"] = (example_of(site.node),)
+        output = insert(operator.getitem, attention, 0)
+        output = realize_on_cpu(insert, output, example_of(query).device)
+    site.node.replace_all_uses_with(output)
+    module.graph.erase_node(site.node)
+
+
+def _start_inserting(graph: Graph, call: Node) -> Insert:
+    """Return a function that adds a call to the graph, with its example value and the origin of ``call``."""
+    origin = {name: call.meta[name] for name in ("nn_module_stack", "stack_trace") if name in call.meta}
 
     def insert(target: Callable[..., Any], *args: Any) -> Node:
         node = graph.call_function(target, args)
         with torch.no_grad():
-            node.meta["example_value"] = target(*tree_map_only(Node, example_of, args))
+            node.meta = origin | {"example_value": target(*tree_map_only(Node, example_of, args))}
         return node
 
-    def insert_input(x: Node) -> Node:
-        if example_of(x).dtype != site.dtype:  # dense attention casts under autocast
-            x = insert(torch.ops.aten.to.dtype, x, site.dtype)
-        return realize_on_cpu(insert, x, device)
-
-    with graph.inserting_before(site.node):
-        query, key, value = (insert_input(x) for x in (site.query, site.key, site.value))
-        scale = site.scale
-        if isinstance(scale, Node):  # known at run time only, while the attention kernel wants a constant
-            query, scale = insert(operator.mul, query, scale), 1.0
-        selection = insert(
-            torch.ops.flexprefill.select_blocks.default,
-            *(query, key, value, scale, config.gamma, config.tau, config.min_budget, config.max_budget),
-            *(config.block_size, config.estimator),
-        )
-        tables = BlockTables(*(insert(operator.getitem, selection, i) for i in range(len(BlockTables._fields))))
-        length = example_of(query).shape[-2]
-        block_mask = _describe_block_mask(
-            tables,
-            length if isinstance(length, int) else insert(torch.ops.aten.sym_size.int, query, 2),
-            _insert_submodule(module, MASK_MODULE, causal_mask),
-            config.block_size,
-        )
-        score = _insert_submodule(module, SCORE_MODULE, _identity_score)
-        options = complete_kernel_options(
-            *map(example_of, (query, key, value)), _choose_kernel_options(config.block_size)
-        )
-        attention = graph.call_function(
-            flex_attention_hop, (query, key, value, score, block_mask, scale, options, (), ())
-        )
-        output = graph.call_function(operator.getitem, (attention, 0))
-        output.meta["example_value"] = example_of(site.node)
-        output = realize_on_cpu(insert, output, device)
-    site.node.replace_all_uses_with(output)
-    graph.erase_node(site.node)
+    return insert
 
 
-def _describe_block_mask(tables: BlockTables, length: int | Node, mask: Node, block_size: int) -> tuple[Any, ...]:
-    """Return the tuple that the FlexAttention op takes for a block mask.
+def _insert_inputs(insert: Insert, site: SdpaSite) -> tuple[Node, Node, Node, float]:
+    """Insert what FlexAttention takes in place of the call's arguments: query, key, value and a constant scale."""
+    nodes = []
+    for node in (site.query, site.key, site.value):
+        cast = node if example_of(node).dtype == site.dtype else insert(torch.ops.aten.to.dtype, node, site.dtype)
+        nodes.append(realize_on_cpu(insert, cast, example_of(node).device))
+    query, key, value = nodes
+    if isinstance(site.scale, Node):  # known at run time only
+        return insert(operator.mul, query, site.scale), key, value, 1.0
+    return query, key, value, site.scale
 
-    Its layout changes between torch releases, so a BlockMask of the example tensors makes it; their nodes then take
-    their places.
+
+def _insert_selection(
+    insert: Insert, query: Node, key: Node, value: Node, scale: float, config: SparsePrefillConfig
+) -> tuple[Node, ...]:
+    """Insert the op that selects blocks; return the nodes of a BlockTables. The op's arguments key the caches."""
+    tables = insert(
+        torch.ops.flexprefill.select_blocks.default,
+        *(query, key, value, scale),
+        *(config.gamma, config.tau, config.min_budget, config.max_budget, config.block_size, config.estimator),
+    )
+    return tuple(insert(operator.getitem, tables, i) for i in range(len(BlockTables._fields)))
+
+
+def _insert_attention(
+    module: GraphModule, query: Node, key: Node, value: Node, scale: float, tables: tuple[Node, ...], block_size: int
+) -> Node:
+    """Insert FlexAttention over the selected blocks; return the node of (output, logsumexp, ...).
+
+    The layout of the op's block-mask tuple changes between torch releases, so a BlockMask of the example tables makes
+    it, and the nodes of the tables then take their examples' places.
     """
     examples = BlockTables(*map(example_of, tables))
+    length = example_of(query).shape[-2]
     nodes: dict[int, Any] = {id(example): node for example, node in zip(examples, tables, strict=True)}
-    _, _, *rest, _ = create_block_mask(examples, block_size, block_size).as_tuple()
-    return (length, length, *(nodes.get(id(entry), entry) for entry in rest), mask)
+    _, _, *entries, _ = create_block_mask(examples, length, block_size).as_tuple()
+    if not isinstance(length, int):
+        length = module.graph.call_function(torch.ops.aten.sym_size.int, (query, 2))
+    mask = _insert_submodule(module, MASK_MODULE, causal_mask)
+    block_mask = (length, length, *(nodes.get(id(entry), entry) for entry in entries), mask)
+
+    score = _insert_submodule(module, SCORE_MODULE, _identity_score)
+    options = complete_kernel_options(
+        example_of(query), example_of(key), example_of(value), _choose_kernel_options(block_size)
+    )
+    return module.graph.call_function(
+        flex_attention_hop, (query, key, value, score, block_mask, scale, options, (), ())
+    )
 
 
 def _insert_submodule(module: GraphModule, name: str, function: Callable[..., Tensor]) -> Node:

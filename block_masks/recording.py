@@ -1,0 +1,37 @@
+"""Watch what the selections of a prefill cost, from outside the compiled graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from flexprefill_compile.block_masks.layout import BlockTables
+
+_recordings: list[list[Tensor]] = []
+
+
+@contextlib.contextmanager
+def record_densities() -> Iterator[list[Tensor]]:
+    """Collect the density of every selection made meanwhile, in the order of the attention calls.
+
+    A density is a (B, H) float tensor, the share of the causal blocks that a head computes, on the device of the
+    selection; recording one waits for nothing. Replayed CUDA graphs run no Python and are not seen.
+    """
+    recording: list[Tensor] = []
+    _recordings.append(recording)
+    try:
+        yield recording
+    finally:
+        _recordings.remove(recording)
+
+
+def record(tables: BlockTables) -> None:
+    """Add a selection to the recordings under way."""
+    if _recordings:
+        num_blocks = tables.kv_num_blocks.shape[-1]
+        computed = (tables.kv_num_blocks + tables.full_kv_num_blocks).sum(-1)
+        density = computed / (num_blocks * (num_blocks + 1) / 2)
+        for recording in _recordings:
+            recording.append(density)

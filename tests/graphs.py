@@ -1,0 +1,60 @@
+"""Dynamo graphs for tests, without inductor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.fx import GraphModule
+
+from flexprefill_compile.config import SparsePrefillConfig
+from flexprefill_compile.passes.base import graph_modules
+from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass
+from flexprefill_compile.report import Site
+
+Result = TypeVar("Result")
+CONFIG = SparsePrefillConfig(block_size=32, min_budget=0, min_length=32)
+
+
+def inspect_graphs(
+    inspect: Callable[[GraphModule], Result], call: Callable[..., Any], *inputs: Any, dynamic: bool | None = None
+) -> list[Result]:
+    """Compile and run ``call`` with a backend that inspects each dynamo graph, then runs it as it was."""
+    results: list[Result] = []
+
+    def backend(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        original = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+        results.append(inspect(graph_module))
+        return original.forward
+
+    torch._dynamo.reset()
+    torch.compile(call, backend=backend, dynamic=dynamic)(*inputs)
+    return results
+
+
+def rewrite_graphs(
+    call: Callable[..., Any], *inputs: Any, config: SparsePrefillConfig = CONFIG, dynamic: bool | None = None
+) -> tuple[list[GraphModule], list[Site]]:
+    """Return the graphs of a call after the pass, and what became of its attention calls."""
+    sites: list[Site] = []
+
+    def rewrite(graph_module: GraphModule) -> GraphModule:
+        sparse_prefill = SparsePrefillPass(config, failures={})
+        sparse_prefill(graph_module)
+        sites.extend(sparse_prefill.sites)
+        return graph_module
+
+    return inspect_graphs(rewrite, call, *inputs, dynamic=dynamic), sites
+
+
+def find_sites(call: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> list[Site]:
+    """Return what becomes of each attention call."""
+    return rewrite_graphs(call, *inputs, dynamic=dynamic)[1]
+
+
+def targets(graph_module: GraphModule) -> list[Any]:
+    """Return what is called in a graph and its child graphs."""
+    nodes = (node for module in graph_modules(graph_module) for node in module.graph.nodes)
+    return [node.target for node in nodes if node.op == "call_function"]
