@@ -16,7 +16,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from flexprefill_compile.config import SparsePrefillConfig, split_options
-from flexprefill_compile.passes.cpu_workarounds import fast_float32_products
+from flexprefill_compile.passes.cpu_workarounds import repaired_cpu_template
 from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass, find_signatures
 from flexprefill_compile.report import RewriteReport, Site, check_skips
 from flexprefill_compile.torch_internals import (
@@ -97,7 +97,7 @@ def compile_graph(
         sparse_prefill(graph_module)
         if config.on_skip == "raise":
             check_skips(sparse_prefill.sites)
-        with fast_float32_products():
+        with repaired_cpu_template():
             return compile_with_inductor(graph_module, example_inputs, config_patches), sparse_prefill.sites
 
     signatures = find_signatures(graph_module, config.min_length)

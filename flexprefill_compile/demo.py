@@ -107,7 +107,11 @@ def summarise(dense: Prefill, sparse: Prefill, report: RewriteReport, densities:
     layers = [density.mean().item() for density in densities] or [1.0]
     agreement = (dense.predictions == sparse.predictions).double().mean().item()
     rows = [
-        ("prefill", f"{dense.median_s:.2f} s", f"{sparse.median_s:.2f} s", f"{dense.median_s / sparse.median_s:.2f}x faster"),
+        (
+            "prefill",
+            *(f"{run.median_s:.2f} s" for run in (dense, sparse)),
+            f"{dense.median_s / sparse.median_s:.2f}x faster",
+        ),
         ("compile", *(f"{max(0.0, run.first_s - run.median_s):.1f} s" for run in (dense, sparse)), ""),
         (
             "perplexity",

@@ -3,11 +3,13 @@
 1. A query or key that is a view of a Linear's output fails to lower, and so does a pointwise consumer of the output,
    which inductor tries to fuse into the C++ template. The op ``flexprefill::realize``, a contiguous copy that inductor
    can't see through, parts the template from its neighbours.
-2. For float32 the template multiplies queries by keys one score at a time, which makes attention almost three times
-   slower than dense. While our graphs compile, that product is a transposition and a call of ATen's ``brgemm``, as the
-   template's other product already is.
+2. For float32 the C++ template multiplies queries by keys one score at a time, which makes attention almost three
+   times slower than dense. That product becomes a transposition and a call of ATen's ``brgemm``, like its other one.
+3. The template's maximum drops NaN, and so does its fast exponential: a NaN in a query or key gives finite numbers.
+   The maximum propagates it, and the sum of a row's weights takes it over.
 
-Checked on torch 2.11, 2.13 and 2.14; ``tests/test_cpu_workarounds.py`` says when each can go.
+2 and 3 are repaired while our graphs compile, and only then. Checked on torch 2.11, 2.13 and 2.14;
+``tests/test_cpu_workarounds.py`` says when each can go.
 """
 
 from __future__ import annotations
@@ -44,7 +46,10 @@ inline void {name}(
   at::native::cpublas::brgemm(M, N, K, lda, N, ldc, accum, A, transposed.data(), C, false);
 }}
 """
-CACHE_TAG = f"flexprefill {hashlib.sha256(QUERY_KEY_PRODUCT.encode()).hexdigest()[:16]}"
+# In the kernels that take a row's maximum, and the sum of its weights in place of that maximum.
+KEEP_NAN = {"std::max(": "max_propagate_nan<scalar_t>(", "val = tmp_sum;": "val = std::isnan(val) ? val : tmp_sum;"}
+
+CACHE_TAG = "flexprefill " + hashlib.sha256(f"{QUERY_KEY_PRODUCT}{KEEP_NAN}".encode()).hexdigest()[:16]
 
 
 def realize_on_cpu(insert: Callable[..., Node], x: Node, device: torch.device) -> Node:
@@ -59,13 +64,14 @@ def realize_on_cpu(insert: Callable[..., Node], x: Node, device: torch.device) -
 
 
 @contextlib.contextmanager
-def fast_float32_products() -> Iterator[None]:
-    """While active, inductor's FlexAttention for the CPU computes float32 scores by ``brgemm``.
+def repaired_cpu_template() -> Iterator[None]:
+    """While active, inductor generates FlexAttention for the CPU without bugs 2 and 3.
 
     What is compiled meanwhile is cached under a tag of its own: inductor's cache keys see graphs, not templates.
     """
     template = cpp_flex_attention_template().CppFlexAttentionTemplate
     define_products = template.micro_gemm_define
+    define_softmax = template.codegen_softmax_fusion
 
     def define_fast_products(self: Any, kernel_name: str) -> str:
         source: str = define_products(self, kernel_name)
@@ -74,9 +80,16 @@ def fast_float32_products() -> Iterator[None]:
         slow = f"{kernel_name}_kernel_micro_gemm_transpose_b"
         return source.replace(slow, f"{slow}_unused") + QUERY_KEY_PRODUCT.format(name=slow)
 
+    def define_softmax_with_nan(self: Any, kernel_name: str) -> str:
+        source: str = define_softmax(self, kernel_name)
+        for text, replacement in KEEP_NAN.items():
+            source = source.replace(text, replacement)
+        return source
+
     tag = f"{compiler_config.cache_key_tag} {CACHE_TAG}"
     with (
         mock.patch.object(template, "micro_gemm_define", define_fast_products),
+        mock.patch.object(template, "codegen_softmax_fusion", define_softmax_with_nan),
         compiler_config.patch(cache_key_tag=tag),
     ):
         yield

@@ -41,7 +41,7 @@ class SdpaSite:
         query: The node of (B, H, S, D).
         key: The node of (B, Hkv, S, D).
         value: The node of (B, Hkv, S, Dv).
-        scale: The factor on the scores: a number, or the node of one that is known at run time only.
+        scale: The factor on the scores.
         dtype: What the call returns; under autocast its inputs may differ.
         shapes: The sizes, for the report.
     """
@@ -51,7 +51,7 @@ class SdpaSite:
     query: Node
     key: Node
     value: Node
-    scale: float | Node
+    scale: float
     dtype: torch.dtype
     shapes: AttentionShapes
 
@@ -90,14 +90,15 @@ def match_sdpa(node: Node, min_length: int) -> SdpaSite | Skipped:
     if refusal is not None:
         return Skipped(_name_of(node), shapes, *refusal)
 
-    scale = arguments["scale"]
+    scale = example_of(arguments["scale"])
     return SdpaSite(
         node=node,
         name=_name_of(node),
         query=arguments["query"],
         key=arguments["key"],
         value=arguments["value"],
-        scale=int(query.shape[-1]) ** -0.5 if scale is None else scale,
+        # float() pins a symbolic scale, as dynamo does itself when it meets the call.
+        scale=int(query.shape[-1]) ** -0.5 if scale is None else float(scale),
         dtype=output.dtype,
         shapes=shapes,
     )

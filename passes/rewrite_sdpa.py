@@ -33,6 +33,8 @@ Insert = Callable[..., Node]
 # Fixed names, because inductor's caches key on them.
 MASK_MODULE = "flexprefill_causal_mask"
 SCORE_MODULE = "flexprefill_identity_score"
+# Above it, tiles of several pipeline stages outgrow the shared memory of a GPU.
+LARGEST_PIPELINED_ROW_BYTES = 512
 
 
 def rewrite_sdpa(site: SdpaSite, module: GraphModule, config: SparsePrefillConfig) -> None:
@@ -45,9 +47,9 @@ def rewrite_sdpa(site: SdpaSite, module: GraphModule, config: SparsePrefillConfi
     """
     insert = _start_inserting(module.graph, site.node)
     with module.graph.inserting_before(site.node):
-        query, key, value, scale = _insert_inputs(insert, site)
-        tables = _insert_selection(insert, query, key, value, scale, config)
-        attention = _insert_attention(module, query, key, value, scale, tables, config.block_size)
+        query, key, value = (_insert_input(insert, site, x) for x in (site.query, site.key, site.value))
+        tables = _insert_selection(insert, query, key, value, site.scale, config)
+        attention = _insert_attention(module, query, key, value, site.scale, tables, config.block_size)
         attention.meta["example_value"] = (example_of(site.node),)
         output = insert(operator.getitem, attention, 0)
         output = realize_on_cpu(insert, output, example_of(query).device)
@@ -68,16 +70,11 @@ def _start_inserting(graph: Graph, call: Node) -> Insert:
     return insert
 
 
-def _insert_inputs(insert: Insert, site: SdpaSite) -> tuple[Node, Node, Node, float]:
-    """Insert what FlexAttention takes in place of the call's arguments: query, key, value and a constant scale."""
-    nodes = []
-    for node in (site.query, site.key, site.value):
-        cast = node if example_of(node).dtype == site.dtype else insert(torch.ops.aten.to.dtype, node, site.dtype)
-        nodes.append(realize_on_cpu(insert, cast, example_of(node).device))
-    query, key, value = nodes
-    if isinstance(site.scale, Node):  # known at run time only
-        return insert(operator.mul, query, site.scale), key, value, 1.0
-    return query, key, value, site.scale
+def _insert_input(insert: Insert, site: SdpaSite, x: Node) -> Node:
+    """Insert what FlexAttention takes in place of an argument: in the dtype that autocast would have cast it to."""
+    if example_of(x).dtype != site.dtype:
+        x = insert(torch.ops.aten.to.dtype, x, site.dtype)
+    return realize_on_cpu(insert, x, example_of(x).device)
 
 
 def _insert_selection(
@@ -111,7 +108,8 @@ def _insert_attention(
 
     score = _insert_submodule(module, SCORE_MODULE, _identity_score)
     options = complete_kernel_options(
-        example_of(query), example_of(key), example_of(value), _choose_kernel_options(block_size)
+        *(example_of(x) for x in (query, key, value)),
+        options=_choose_kernel_options(block_size, example_of(key), example_of(value)),
     )
     return module.graph.call_function(
         flex_attention_hop, (query, key, value, score, block_mask, scale, options, (), ())
@@ -131,9 +129,11 @@ def _identity_score(score: Tensor, batch: Tensor, head: Tensor, query_index: Ten
     return score
 
 
-def _choose_kernel_options(block_size: int) -> dict[str, Any]:
+def _choose_kernel_options(block_size: int, key: Tensor, value: Tensor) -> dict[str, Any]:
     """Return FlexAttention's kernel options: never its decoding kernel, and tiles no larger than a mask block."""
     options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
-    if block_size < 128:  # inductor's own choice of tiles assumes blocks of 128
+    if block_size < 128:  # inductor's own choice of tiles assumes mask blocks of 128
         options |= {"BLOCK_M": block_size, "BLOCK_N": block_size}
+        if max(key.shape[-1], value.shape[-1]) * key.element_size() > LARGEST_PIPELINED_ROW_BYTES:
+            options["num_stages"] = 1
     return options
