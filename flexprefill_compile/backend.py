@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch.fx import GraphModule
@@ -91,11 +92,11 @@ def compile_graph(
     """
     snapshot = GraphSnapshot(graph_module)
 
-    def attempt(failures: Mapping[object, str]) -> tuple[CompiledGraph, list[Site]]:
+    def attempt(failures: Mapping[object, str], *, is_trial: bool = False) -> tuple[CompiledGraph, list[Site]]:
         snapshot.restore()
         sparse_prefill = SparsePrefillPass(config, failures)
         sparse_prefill(graph_module)
-        if config.on_skip == "raise":
+        if config.on_skip == "raise" and not is_trial:
             check_skips(sparse_prefill.sites)
         with repaired_cpu_template():
             return compile_with_inductor(graph_module, example_inputs, config_patches), sparse_prefill.sites
@@ -108,7 +109,7 @@ def compile_graph(
     except Exception as error:
         if not signatures:
             raise
-        failures = find_failures(attempt, signatures, error)
+        failures = find_failures(partial(attempt, is_trial=True), signatures, error)
     for signature, message in failures.items():
         logger.warning("attention stays dense: %s failed to lower: %s", signature, message)
     return attempt(failures)

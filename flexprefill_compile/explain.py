@@ -9,6 +9,7 @@ import torch
 
 from flexprefill_compile.backend import FlexPrefillBackend
 from flexprefill_compile.report import RewriteReport
+from flexprefill_compile.torch_internals import uncompiled_call
 
 
 def explain(
@@ -32,7 +33,6 @@ def explain(
         InvalidOptionError: An unknown option, or a value out of range.
     """
     backend = FlexPrefillBackend()
-    model = getattr(model, "_orig_mod", model)
-    torch.compile(model, backend=backend, options=dict(options or {}))(*args, **kwargs)
+    torch.compile(uncompiled_call(model), backend=backend, options=dict(options or {}))(*args, **kwargs)
     print(backend.report)
     return backend.report

@@ -28,7 +28,9 @@ def load_model(path: Path | None, device: str) -> tuple[Any, Any]:
     Raises:
         UsageError: No such file, package or device, or no causal language model.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"device must be cpu or cuda, got {device!r}")
+    if device != "cpu" and not torch.cuda.is_available():
         raise UsageError(f"device {device} is not available")
     path = _find_default_model() if path is None else path
     if not path.exists():
@@ -44,9 +46,7 @@ def load_model(path: Path | None, device: str) -> tuple[Any, Any]:
             path, dtype=torch.float32 if device == "cpu" else torch.bfloat16, attn_implementation="sdpa", **source
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"{path} is no causal language model that transformers can load: {_first_line(error)}"
-        ) from None
+        raise UsageError(f"transformers finds no causal language model in {path}: {_first_line(error)}") from None
     return model.eval().to(device), tokenizer
 
 
@@ -67,7 +67,7 @@ def read_tokens(tokenizer: Any, path: Path | None, max_tokens: int) -> tuple[Ten
     text, name = _read_default_text() if path is None else (_read_text(path), path.name)
     tokens: Tensor = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids
     if tokens.shape[1] < 2:
-        raise UsageError(f"{name} is too short: {tokens.shape[1]} tokens")
+        raise UsageError(f"{name} is too short: {tokens.shape[1]} token")
     return tokens, name
 
 

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
 from torch._inductor import config as inductor_config
@@ -38,6 +38,7 @@ __all__ = [
     "inductor_option_names",
     "list_mode_options",
     "statically_known_true",
+    "uncompiled_call",
 ]
 
 
@@ -49,6 +50,11 @@ class PassesThroughDynamo(ShortenTraceback):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, first_useful_frame=None)
+        self.message = message
+
+    def __str__(self) -> str:
+        """Return the message without the advice that dynamo adds for its own errors."""
+        return self.message
 
 
 compiler_config: Any = _compiler_config  # torch adds its ``patch`` at run time, where mypy can't see it
@@ -67,6 +73,12 @@ def compile_with_inductor(
 ) -> Callable[..., Any]:
     """Compile a dynamo graph as ``backend="inductor"`` does."""
     return cast("Callable[..., Any]", compile_fx(graph_module, example_inputs, config_patches=config_patches))
+
+
+def uncompiled_call(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what calling a model means without the compilation it may have had, hooks included."""
+    model = getattr(model, "_orig_mod", model)
+    return model._call_impl if isinstance(model, nn.Module) else model
 
 
 class GraphSnapshot:

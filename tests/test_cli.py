@@ -1,0 +1,106 @@
+"""The command ``flexprefill``: the demo on a tiny model, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from flexprefill_compile.cli import main
+
+TEXT = "Everyone is permitted to copy and distribute verbatim copies of this license document.\n" * 20
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with random weights, and a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([], trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=2, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def test_the_demo_compares_dense_and_sparse(
+    model_folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["demo", "--model", str(model_folder), "--text", str(text_file), "--tokens", "300", "--rounds", "1"]
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "text.txt: 300 tokens" in output
+    assert re.search(r"attention calls rewritten\s+2 of 2", output)
+    for row in ("prefill", "compile", "perplexity", "top-1 agreement", "blocks computed, by layer"):
+        assert re.search(rf"^{row}\s.*\d", output, re.MULTILINE), row
+    assert "dense goes on:" in output
+    assert "sparse goes on:" in output
+
+
+def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("flexprefill: error: ")]
+    return line.removeprefix("flexprefill: error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/nowhere"], "no model at /nowhere"),
+        (["--gamma", "1.5"], "gamma must be in (0, 1], got 1.5"),
+        (["--device", "cuda"], "device cuda is not available"),
+        (["--device", "abacus"], "device must be cpu or cuda, got 'abacus'"),
+    ],
+)
+def test_a_mistake_gives_one_sentence(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["demo", *arguments]) == 2
+    assert one_sentence(capsys) == message
+
+
+def test_a_folder_without_a_model_gives_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--model", str(tmp_path)]) == 2
+    assert one_sentence(capsys).startswith(f"transformers finds no causal language model in {tmp_path}: ")
+
+
+def test_a_missing_or_empty_text_gives_one_sentence(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    assert main(["demo", "--model", str(model_folder), "--text", str(text)]) == 2
+    assert one_sentence(capsys).startswith(f"can't read the text {text}: ")
+    text.write_text("a")
+    assert main(["demo", "--model", str(model_folder), "--text", str(text)]) == 2
+    assert one_sentence(capsys) == "text.txt is too short: 1 token"
+
+
+@pytest.mark.parametrize("count", ["0", "-3", "many"])
+def test_a_count_must_be_a_whole_number(count: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--tokens", count])
+    assert stopped.value.code == 2
+    assert f"must be a whole number above 0, got '{count}'" in capsys.readouterr().err
+
+
+def test_without_the_extra_the_demo_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "flexprefill_compile.demo", None)
+    assert main(["demo"]) == 2
+    assert "pip install 'flexprefill-compile[hf]'" in one_sentence(capsys)

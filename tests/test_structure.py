@@ -1,0 +1,61 @@
+"""The house: imports point down only, and the three folders are one package."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GROUND_FLOOR = ("config", "ops", "report", "torch_internals")
+FLOORS = {"block_masks": (), "passes": ("block_masks",)}
+
+
+def imported_rooms(file: Path) -> set[str]:
+    """Return the second part of each of our own modules that a file imports."""
+    nodes = ast.walk(ast.parse(file.read_text()))
+    modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {module.split(".")[1] for module in modules if module.startswith("flexprefill_compile.")}
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_imports_point_down_only(floor: str) -> None:
+    for file in (ROOT / floor).glob("*.py"):
+        assert imported_rooms(file) <= {floor, *FLOORS[floor], *GROUND_FLOOR}, file.name
+
+
+def test_the_ground_floor_stands_on_nothing() -> None:
+    for name in GROUND_FLOOR:
+        assert imported_rooms(ROOT / "flexprefill_compile" / f"{name}.py") <= {"torch_internals"}, name
+
+
+def test_only_one_file_imports_private_names_of_torch() -> None:
+    for file in [
+        *(ROOT / "flexprefill_compile").glob("*.py"),
+        *(ROOT / "passes").glob("*.py"),
+        *(ROOT / "block_masks").glob("*.py"),
+    ]:
+        if file.name == "torch_internals.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+                path = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                private = [part for part in path if part.startswith("_") and part != "_pytree"]
+                assert not private, f"{file.name} imports {node.module}"
+
+
+@pytest.mark.parametrize("folder", ["passes", "block_masks"])
+def test_a_folder_can_not_be_imported_by_its_bare_name(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    with pytest.raises(ImportError, match=f"import flexprefill_compile.{folder}"):
+        importlib.import_module(folder)
+    assert folder not in sys.modules
+
+
+def test_only_tests_import_the_oracle() -> None:
+    for file in ROOT.glob("[!.]*/*.py"):
+        if file.parent.name in ("flexprefill_compile", "passes", "block_masks"):
+            assert "block_masks.reference" not in file.read_text(), file.name
