@@ -134,7 +134,8 @@ def select_prefill_blocks(
     )[..., None, None]
     estimate = select_query_aware(pooled_query, pooled_key, causal, scale, config.gamma)
     extended = select_vertical_slash(attention, config.gamma)
-    selected = torch.where(query_aware, estimate[0], extended[0])
+    # gamma = 1 is every block, even one whose mass underflows for the representative queries.
+    selected = causal if config.gamma == 1 else torch.where(query_aware, estimate[0], extended[0])
     score = torch.where(query_aware, estimate[1], extended[1])
     selected = apply_budget(
         selected,
@@ -143,7 +144,9 @@ def select_prefill_blocks(
         min_blocks=count_blocks(config.min_budget, block_size),
         max_blocks=None if config.max_budget is None else config.max_budget // block_size,
     )
-    is_finite = torch.isfinite(pooled_query.sum((-2, -1)) + pooled_key.sum((-2, -1)) + attention.columns.sum(-1))
+    is_finite = torch.isfinite(
+        pooled_query.sum((-2, -1)) + pooled_key.sum((-2, -1)) + estimate[1].sum((-2, -1)) + attention.columns.sum(-1)
+    )
     if value is not None:
         largest = torch.linalg.vector_norm(value, torch.inf, dim=(-2, -1))
         is_finite &= torch.isfinite(largest).repeat_interleave(group, dim=1)

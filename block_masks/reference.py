@@ -81,6 +81,9 @@ def select_head(query: Tensor, key: Tensor, scale: float, config: SparsePrefillC
                 if column in kept_columns or row - column in kept_diagonals:
                     selected.add((row, column))
 
+    if config.gamma == 1:
+        selected = {(row, column) for row in range(num_blocks) for column in range(row + 1)}
+
     blocks = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
     min_blocks = math.ceil(config.min_budget / block)
     for row in range(num_blocks):

@@ -31,8 +31,8 @@ def compute_representative_attention(
     """Pool softmax(Q^ K^T) of the last queries onto key blocks and block diagonals.
 
     The scores are made twice, a chunk of keys at a time: first for the softmax's normaliser, then for the masses.
-    Memory peaks at four tensors of ``SCORES_AT_ONCE`` numbers (a chunk is at least a block of keys, so more where
-    B * H * R * block_size is) and two of (B, H, S).
+    Memory peaks at four tensors of ``SCORES_AT_ONCE`` + B * H * R * R numbers (more where B * H * R * block_size is: a
+    chunk is at least a block of keys) and two of (B, H, S).
 
     Args:
         queries: (B, H, R, D), the last R queries of the prompt, float32 or float64, the dtype of the computation.

@@ -32,7 +32,7 @@ def apply_budget(selected: Tensor, score: Tensor, causal: Tensor, min_blocks: in
     The first key block and the diagonal come on top of both and use up neither.
 
     Args:
-        selected: (B, H, num_blocks, num_blocks) bool, rows are query blocks.
+        selected: (B, H, num_blocks, num_blocks) bool or less, rows are query blocks.
         score: (B, H, num_blocks, num_blocks), how much a block matters within its row.
         causal: (num_blocks, num_blocks) bool.
         min_blocks: The floor, in blocks a row.

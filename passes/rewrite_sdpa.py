@@ -50,7 +50,7 @@ def rewrite_sdpa(site: SdpaSite, module: GraphModule, config: SparsePrefillConfi
         query, key, value = (_insert_input(insert, site, x) for x in (site.query, site.key, site.value))
         tables = _insert_selection(insert, query, key, value, site.scale, config)
         attention = _insert_attention(module, query, key, value, site.scale, tables, config.block_size)
-        attention.meta["example_value"] = (example_of(site.node),)
+        attention.meta = site.node.meta | {"example_value": (example_of(site.node),)}
         output = insert(operator.getitem, attention, 0)
         output = realize_on_cpu(insert, output, example_of(query).device)
     site.node.replace_all_uses_with(output)
@@ -58,11 +58,11 @@ def rewrite_sdpa(site: SdpaSite, module: GraphModule, config: SparsePrefillConfi
 
 
 def _start_inserting(graph: Graph, call: Node) -> Insert:
-    """Return a function that adds a call to the graph, with its example value and the origin of ``call``."""
+    """Return a function that adds a call to the graph, with its example value and with the origin of ``call``."""
     origin = {name: call.meta[name] for name in ("nn_module_stack", "stack_trace") if name in call.meta}
 
-    def insert(target: Callable[..., Any], *args: Any) -> Node:
-        node = graph.call_function(target, args)
+    def insert(target: Callable[..., Any], *args: Any, name: str | None = None) -> Node:
+        node = graph.create_node("call_function", target, args, name=name)
         with torch.no_grad():
             node.meta = origin | {"example_value": target(*tree_map_only(Node, example_of, args))}
         return node
@@ -85,8 +85,9 @@ def _insert_selection(
         torch.ops.flexprefill.select_blocks.default,
         *(query, key, value, scale),
         *(config.gamma, config.tau, config.min_budget, config.max_budget, config.block_size, config.estimator),
+        name="tables",
     )
-    return tuple(insert(operator.getitem, tables, i) for i in range(len(BlockTables._fields)))
+    return tuple(insert(operator.getitem, tables, i, name=name) for i, name in enumerate(BlockTables._fields))
 
 
 def _insert_attention(

@@ -240,13 +240,19 @@ def test_head_whose_scores_overflow_gets_every_causal_block() -> None:
     assert torch.equal(selected[0, 1], causal)
 
 
-@pytest.mark.xfail(strict=True, reason="select_prefill_blocks doesn't look whether the pooled estimate is finite")
 def test_head_whose_pooled_scores_overflow_gets_every_causal_block() -> None:
     query, key = random_qk(0, 1, 1, 1, 200, 16, dtype=torch.float32)
     # The representative queries are small, so that their own scores are finite.
     query, key = 1e-16 * query, 1e15 + 1e13 * key
     query[:, :, 64:80] = 1e25
     selected = select_prefill_blocks(query, key, None, 1.0, SparsePrefillConfig(tau=1, min_budget=0, block_size=16))
+    assert torch.equal(selected, torch.ones_like(selected).tril())
+
+
+def test_gamma_1_selects_every_block_under_a_ceiling_that_does_not_bind() -> None:
+    query, key = random_qk(0, 1, 2, 1, 200, 16, dtype=torch.float32)
+    config = SparsePrefillConfig(gamma=1, min_budget=0, max_budget=10**6, block_size=16)
+    selected = select_prefill_blocks(100 * query, key, None, 1.0, config)
     assert torch.equal(selected, torch.ones_like(selected).tril())
 
 

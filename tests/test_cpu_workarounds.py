@@ -13,6 +13,7 @@ from models import OPTIONS, causal_attention, relative_error
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.fx import Node
+from torch.torch_version import TorchVersion
 
 import flexprefill_compile.backend as backend_module
 from flexprefill_compile import SkipReason
@@ -43,7 +44,16 @@ class Projected(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("is_fused", "consume"), [(False, nn.Identity()), (True, torch.relu)], ids=["views of Linears", "pointwise consumer"]
+    ("is_fused", "consume"),
+    [
+        pytest.param(
+            False,
+            nn.Identity(),
+            marks=pytest.mark.skipif(TorchVersion(torch.__version__) < "2.13", reason="a bug of 2.13"),
+            id="views of Linears",
+        ),
+        pytest.param(True, torch.relu, id="pointwise consumer"),
+    ],
 )
 def test_1_neither_lowers_without_a_copy(
     is_fused: bool, consume: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch

@@ -57,7 +57,7 @@ heads = st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1), (6, 3)])
 scores_at_once = st.sampled_from([1, 10_000, 2**20])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 @given(
     seed=st.integers(0, 2**32),
     batch=st.integers(1, 3),
@@ -85,7 +85,7 @@ def test_random_heads_select_what_the_oracle_selects(
         assert_equals_oracle(query, key, head_dim**-0.5 if scale is None else scale, config)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 @given(
     seed=st.integers(0, 2**32),
     batch=st.integers(1, 2),
@@ -123,9 +123,12 @@ def test_both_patterns_occur_in_one_call_at_the_papers_tau() -> None:
 
 
 @pytest.mark.parametrize(("tau", "pattern"), [(0.0, "vertical-slash"), (1.0, "query-aware")])
+@pytest.mark.parametrize(("min_budget", "max_budget"), [(0, None), (50, None), (0, 50)])
 @pytest.mark.parametrize("length", [239, 240])
-def test_tau_forces_either_pattern_on_every_structure(tau: float, pattern: str, length: int) -> None:
-    config = SparsePrefillConfig(gamma=0.9, tau=tau, min_budget=0, block_size=16)
+def test_tau_forces_either_pattern_on_every_structure(
+    tau: float, pattern: str, min_budget: int, max_budget: int | None, length: int
+) -> None:
+    config = SparsePrefillConfig(gamma=0.9, tau=tau, min_budget=min_budget, max_budget=max_budget, block_size=16)
     query, key = structured_qk(0, 1, len(STRUCTURES), 1, length, 32, block_size=16)
     assert assert_equals_oracle(query, key, 32**-0.5, config) == {pattern}
 
