@@ -105,7 +105,7 @@ def _copy_graph(graph: Graph) -> Graph:
     return copied
 
 
-def complete_kernel_options(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+def complete_kernel_options(options: dict[str, Any], query: Tensor, key: Tensor, value: Tensor) -> dict[str, Any]:
     """Add the options that FlexAttention's op expects beside the user's, for inference without auxiliary outputs."""
     with torch.no_grad():
         completed = _apply_kernel_options(query, key, value, return_lse=False, kernel_options=cast("Any", options))

@@ -109,8 +109,8 @@ def _insert_attention(
 
     score = _insert_submodule(module, SCORE_MODULE, _identity_score)
     options = complete_kernel_options(
+        _choose_kernel_options(block_size, example_of(key), example_of(value)),
         *(example_of(x) for x in (query, key, value)),
-        options=_choose_kernel_options(block_size, example_of(key), example_of(value)),
     )
     return module.graph.call_function(
         flex_attention_hop, (query, key, value, score, block_mask, scale, options, (), ())
