@@ -7,11 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from flexprefill_compile.backend import flexprefill
+
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     torch.manual_seed(0)
     torch.compiler.reset()
+    flexprefill.reset()  # dynamo forgets backends that were reset before
     torch._dynamo.utils.counters.clear()
     yield
     torch.compiler.reset()
