@@ -96,7 +96,11 @@ def main() -> None:
         for kind, (query, key, value) in (("structured", inputs), ("random", randoms)):
             rows.append([str(length), kind, *_measure(query, key, value, config, device, arguments.calls)])
     dense = [f"dense {backend.name.removesuffix('_ATTENTION').lower()}" for backend in DENSE_BACKENDS[device]]
-    print(format_table(("tokens", "inputs", "blocks", *dense, "selection", "sparse, all", "speed-up"), rows))
+    print(
+        format_table(
+            ("tokens", "inputs", "blocks", *dense, "selection", "sparse, all", "speed-up", "selection peak"), rows
+        )
+    )
 
 
 def _measure(
@@ -118,6 +122,7 @@ def _measure(
             with sdpa_kernel(dense_backend):
                 dense_ms.append(time_ms(lambda: attend(query, key, value), device, calls))
         selection_ms = time_ms(select, device, calls)
+        peak = _measure_peak(select, device)
         with record_densities() as densities:
             sparse(query, key, value)
         sparse_ms = time_ms(lambda: sparse(query, key, value), device, calls)
@@ -125,7 +130,18 @@ def _measure(
         f"{densities[0].mean().item():.0%}",
         *(f"{ms:.2f} ms" for ms in (*dense_ms, selection_ms, sparse_ms)),
         f"{min(dense_ms) / sparse_ms:.2f}x",
+        peak,
     ]
+
+
+def _measure_peak(run: Callable[[], object], device: str) -> str:
+    """Return how much memory a call takes at its peak beside its inputs; torch counts it on a GPU only."""
+    if device == "cpu":
+        return "-"
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.0f} MiB"
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ def select_prefill_blocks(
     A head whose inputs or scores are not all finite gets every causal block, so that NaN and inf reach the rows
     they reach in dense attention.
 
-    Memory peaks at two float32 copies of the block grid, (B, H, num_blocks, num_blocks), its sort, and what
-    ``compute_representative_attention`` needs; no tensor has S x S elements.
+    Memory peaks at about 40 bytes for each block of the grid, (B, H, num_blocks, num_blocks), most of it for the sort
+    of Algorithm 4, or at what ``compute_representative_attention`` needs, if that is more; nothing has S x S elements.
 
     Args:
         query: (B, H, S, D).

@@ -1,10 +1,10 @@
 """The backend "flexprefill": run the pass over a dynamo graph, hand the graph to inductor, keep the report.
 
-torch.compile(model, backend="flexprefill", options={"gamma": 0.9})
+What ``torch.compile(model, backend="flexprefill", options={"gamma": 0.9})`` does with each graph that dynamo captures:
 
-dynamo graph -> SparsePrefillPass -> inductor -> compiled graph
-                      |                  |
-                  RewriteReport     failed: that site goes back to dense
+    dynamo graph -> SparsePrefillPass -> inductor -> compiled graph
+                          |                  |
+                    RewriteReport       failed: that kind of site goes back to dense
 """
 
 from __future__ import annotations

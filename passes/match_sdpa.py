@@ -1,7 +1,9 @@
 """Find scaled_dot_product_attention in a dynamo graph and tell what can run sparse. Never mutates.
 
-out = scaled_dot_product_attention(q, k, v, is_causal=True)    ->  SdpaSite
-out = scaled_dot_product_attention(q, k, v, attn_mask=mask)    ->  Skipped(EXPLICIT_MASK)
+For example,
+
+    out = scaled_dot_product_attention(q, k, v, is_causal=True)    ->  SdpaSite
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask)    ->  Skipped(EXPLICIT_MASK)
 """
 
 from __future__ import annotations
