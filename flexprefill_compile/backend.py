@@ -93,7 +93,8 @@ def compile_graph(
     snapshot = GraphSnapshot(graph_module)
 
     def attempt(failures: Mapping[object, str], *, is_trial: bool = False) -> tuple[CompiledGraph, list[Site]]:
-        snapshot.restore()
+        if failures:  # not the first attempt
+            snapshot.restore()
         sparse_prefill = SparsePrefillPass(config, failures)
         sparse_prefill(graph_module)
         if config.on_skip == "raise" and not is_trial:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from flexprefill_compile.backend import FlexPrefillBackend
 from flexprefill_compile.block_masks import record_densities
 from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.hf import load_model, read_tokens
-from flexprefill_compile.report import RewriteReport, format_table
+from flexprefill_compile.report import RewriteReport, Skipped, format_table
 
 CONTINUATION_TOKENS = 12
 LOSS_CHUNK_TOKENS = 1024
@@ -109,7 +110,7 @@ def summarise(dense: Prefill, sparse: Prefill, report: RewriteReport, densities:
     rows = [
         (
             "prefill",
-            *(f"{run.median_s:.2f} s" for run in (dense, sparse)),
+            *(_format_time(run.median_s) for run in (dense, sparse)),
             f"{dense.median_s / sparse.median_s:.2f}x faster",
         ),
         ("compile", *(f"{max(0.0, run.first_s - run.median_s):.1f} s" for run in (dense, sparse)), ""),
@@ -123,13 +124,19 @@ def summarise(dense: Prefill, sparse: Prefill, report: RewriteReport, densities:
         ("blocks computed, mean", "100%", f"{statistics.mean(layers):.1%}", ""),
         ("blocks computed, by layer", "100%", f"{min(layers):.1%} to {max(layers):.1%}", ""),
     ]
+    reasons = Counter(site.reason.value for site in report.sites if isinstance(site, Skipped))
     return "\n".join(
         [
             format_table(("", "dense", "sparse", "compared"), rows),
+            *(f"left dense, {count} of {len(report.sites)}: {reason}" for reason, count in reasons.items()),
             f"dense goes on:  {dense.continuation!r}",
             f"sparse goes on: {sparse.continuation!r}",
         ]
     )
+
+
+def _format_time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
 @contextmanager

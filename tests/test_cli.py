@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flexprefill_compile.cli import main
+from flexprefill_compile.demo import Prefill, summarise
+from flexprefill_compile.report import AttentionShapes, RewriteReport, Skipped, SkipReason
 
 TEXT = "Everyone is permitted to copy and distribute verbatim copies of this license document.\n" * 20
 
@@ -48,6 +51,17 @@ def test_the_demo_compares_dense_and_sparse(
         assert re.search(rf"^{row}\s.*\d", output, re.MULTILINE), row
     assert "dense goes on:" in output
     assert "sparse goes on:" in output
+
+
+def test_the_demo_says_why_attention_stayed_dense() -> None:
+    shapes = AttentionShapes("1x4x300x16", "1x2x300x16", "float32")
+    report = RewriteReport((Skipped("model.layers.0", shapes, SkipReason.EXPLICIT_MASK),) * 2)
+    dense, sparse = (
+        Prefill(abs, first_s=2.0, times_s=[0.5], loss=1.0, predictions=torch.tensor([1, 2])) for _ in range(2)
+    )
+    summary = summarise(dense, sparse, report, densities=[])
+    assert "left dense, 2 of 2: has an explicit attn_mask" in summary
+    assert re.search(r"prefill\s+500.0 ms\s+500.0 ms\s+1.00x faster", summary)
 
 
 def one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
