@@ -8,10 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexprefill_compile.config import InvalidOptionError, SparsePrefillConfig
-
-
-class UsageError(Exception):
-    """Something the user can set right; its text is the whole message."""
+from flexprefill_compile.errors import UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

