@@ -8,7 +8,7 @@
 3. The template's maximum drops NaN, and so does its fast exponential: a NaN in a query or key gives finite numbers.
    The maximum propagates it, and the sum of a row's weights takes it over.
 
-2 and 3 are repaired while our graphs compile, and only then. Checked on torch 2.11, 2.13 and 2.14;
+2 and 3 are repaired while our graphs compile, and only then. Checked on torch 2.11 to 2.14;
 ``tests/test_cpu_workarounds.py`` says when each can go.
 """
 

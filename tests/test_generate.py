@@ -13,7 +13,7 @@ from flexprefill_compile import SkipReason
 from flexprefill_compile.backend import FlexPrefillBackend
 
 pytestmark = pytest.mark.skipif(
-    TorchVersion(torch.__version__) < "2.13", reason="before, transformers passes an explicit mask when compiled"
+    TorchVersion(torch.__version__) < "2.12", reason="before, transformers passes an explicit mask when compiled"
 )
 
 
