@@ -90,8 +90,8 @@ def check_query_and_key(query: Tensor, key: Tensor) -> None:
         raise ValueError(f"query heads must be a multiple of key heads, got {query.shape[1]} and {key.shape[1]}")
     if not query.is_floating_point() or query.dtype != key.dtype:
         raise ValueError(f"query and key must have one floating point dtype, got {query.dtype} and {key.dtype}")
-    if query.device != key.device:
-        raise ValueError(f"query and key must be on one device, got {query.device} and {key.device}")
+    if query.device != key.device or query.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"query and key must be on one device, cpu or cuda, got {query.device} and {key.device}")
 
 
 def select_prefill_blocks(

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from flexprefill_compile.config import SparsePrefillConfig, split_options
+from flexprefill_compile.config import InvalidOptionError, SparsePrefillConfig, split_options
 from flexprefill_compile.passes.cpu_workarounds import repaired_cpu_template
 from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass, find_signatures
 from flexprefill_compile.report import RewriteReport, Site, check_skips
@@ -61,12 +61,11 @@ class FlexPrefillBackend:
             options: Fields of SparsePrefillConfig; the others go to inductor.
 
         Raises:
-            InvalidOptionError: An unknown option, or a value out of range.
+            InvalidOptionError: An unknown option or mode, or a value out of range.
             AttentionSkippedError: ``on_skip="raise"`` and a call must stay dense.
         """
         config, config_patches = split_options(options, inductor_option_names())
-        if mode is not None:
-            config_patches = list_mode_options(mode) | config_patches
+        config_patches = mode_patches(mode) | config_patches
         compiled, sites = compile_graph(graph_module, example_inputs, config, config_patches)
         self.report = RewriteReport(self.report.sites + tuple(sites))
         return compiled
@@ -77,6 +76,18 @@ class FlexPrefillBackend:
 
 
 flexprefill = FlexPrefillBackend()
+
+
+def mode_patches(mode: str | None) -> dict[str, Any]:
+    """Return the inductor options that a ``mode`` of ``torch.compile`` stands for.
+
+    Raises:
+        InvalidOptionError: Inductor has no such mode.
+    """
+    modes: dict[str | None, dict[str, Any]] = {None: {}, **list_mode_options()}
+    if mode not in modes:
+        raise InvalidOptionError(f"mode must be one of {', '.join(filter(None, modes))}, got {mode!r}")
+    return modes[mode]
 
 
 def compile_graph(
@@ -102,12 +113,13 @@ def compile_graph(
         with repaired_cpu_template():
             return compile_with_inductor(graph_module, example_inputs, config_patches), sparse_prefill.sites
 
-    signatures = find_signatures(graph_module, config.min_length)
     try:
         return attempt({})
     except CONTROL_FLOW:
         raise
     except Exception as error:
+        snapshot.restore()
+        signatures = find_signatures(graph_module, config.min_length)
         if not signatures:
             raise
         failures = find_failures(partial(attempt, is_trial=True), signatures, error)

@@ -39,6 +39,7 @@ class Prefill:
         loss: Mean negative log-likelihood of the text's tokens, nats.
         predictions: (S,), the most likely next token at each position.
         continuation: The first words that follow the text, by greedy decoding.
+        densities: The share of blocks computed, (B, H) for each selection; empty for dense attention.
     """
 
     run: Callable[..., Any]
@@ -47,6 +48,7 @@ class Prefill:
     loss: float = math.nan
     predictions: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
     continuation: str = ""
+    densities: list[Tensor] = dataclasses.field(default_factory=list)
 
     @property
     def median_s(self) -> float:
@@ -90,7 +92,7 @@ def run_demo(
         with torch.no_grad():
             for name, prefill in (("dense", dense), ("sparse", sparse)):
                 step(f"{name}: compiling")
-                with record_densities() as densities:
+                with record_densities() as prefill.densities:
                     prefill.first_s, output = _time(prefill.run, tokens)
                 step(f"{name}: perplexity and continuation")
                 prefill.loss, prefill.predictions = _score(output.logits[0], tokens[0])
@@ -100,12 +102,12 @@ def run_demo(
                 for name, prefill in (("dense", dense), ("sparse", sparse)):
                     step(f"{name}: prefill {done + 1} of {rounds}")
                     prefill.times_s.append(_time(prefill.run, tokens)[0])
-    console.print(summarise(dense, sparse, backend.report, densities), highlight=False, markup=False, soft_wrap=True)
+    console.print(summarise(dense, sparse, backend.report), highlight=False, markup=False, soft_wrap=True)
 
 
-def summarise(dense: Prefill, sparse: Prefill, report: RewriteReport, densities: list[Tensor]) -> str:
+def summarise(dense: Prefill, sparse: Prefill, report: RewriteReport) -> str:
     """Lay the two prefills out side by side."""
-    layers = [density.mean().item() for density in densities] or [1.0]
+    layers = [density.mean().item() for density in sparse.densities] or [1.0]
     agreement = (dense.predictions == sparse.predictions).double().mean().item()
     rows = [
         (

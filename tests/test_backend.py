@@ -162,6 +162,13 @@ def test_a_bad_option_reaches_the_caller_as_a_value_error(options: dict[str, Any
     assert isinstance(raised.value, InvalidOptionError)
 
 
+def test_an_unknown_mode_is_refused_with_the_known_ones() -> None:
+    compiled = torch.compile(causal_attention, backend="flexprefill", mode="fastest")
+    x = torch.randn(1, 2, 100, 16)
+    with pytest.raises(InvalidOptionError, match=r"^mode must be one of default, .*, got 'fastest'$"):
+        compiled(x, x, x)
+
+
 def test_mode_and_other_options_go_on_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 

@@ -67,7 +67,8 @@ KEY = torch.zeros(2, 2, 64, 8)
         (QUERY[:, :1], KEY, "query heads must be a multiple of key heads, got 1 and 2"),
         (QUERY.int(), KEY.int(), "one floating point dtype, got torch.int32"),
         (QUERY, KEY.half(), "one floating point dtype, got torch.float32 and torch.float16"),
-        (QUERY, KEY.to("meta"), "must be on one device, got cpu and meta"),
+        (QUERY, KEY.to("meta"), "must be on one device, cpu or cuda, got cpu and meta"),
+        (QUERY.to("meta"), KEY.to("meta"), "must be on one device, cpu or cuda, got meta and meta"),
     ],
 )
 def test_misuse_raises_one_clear_value_error(query: Tensor, key: Tensor, message: str) -> None:

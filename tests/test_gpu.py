@@ -63,7 +63,8 @@ def test_selection_never_waits_for_the_device(length: int) -> None:
     config = SparsePrefillConfig()
     query, key, value = random_inputs(8, 2, length, 64, torch.bfloat16)
     arguments = (0.125, config.gamma, config.tau, 256, 512, config.block_size, config.estimator)
-    torch.ops.flexprefill.select_blocks(query, key, value, *arguments)
+    tables = torch.ops.flexprefill.select_blocks(query, key, value, *arguments)  # raises if it waits
+    assert all(table.is_cuda for table in tables)
 
 
 def test_selection_is_that_of_the_cpu() -> None:
