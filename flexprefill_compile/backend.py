@@ -84,10 +84,10 @@ def mode_patches(mode: str | None) -> dict[str, Any]:
     Raises:
         InvalidOptionError: Inductor has no such mode.
     """
-    modes: dict[str | None, dict[str, Any]] = {None: {}, **list_mode_options()}
-    if mode not in modes:
-        raise InvalidOptionError(f"mode must be one of {', '.join(filter(None, modes))}, got {mode!r}")
-    return modes[mode]
+    modes: dict[str, dict[str, Any]] = list_mode_options()
+    if (mode or "default") not in modes:
+        raise InvalidOptionError(f"mode must be one of {', '.join(modes)}, got {mode!r}")
+    return modes[mode or "default"]
 
 
 def compile_graph(
