@@ -21,6 +21,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import config as _compiler_config
 from torch.fx import Graph, GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 from torch.nn.attention.flex_attention import _apply_kernel_options
 
@@ -37,6 +38,7 @@ __all__ = [
     "guard_or_false",
     "inductor_option_names",
     "list_mode_options",
+    "make_fx",
     "statically_known_true",
     "uncompiled_call",
 ]

@@ -1,0 +1,170 @@
+"""From an attention site to what FlexAttention and the estimator take: a mask_mod, a score_mod, and what is known of them.
+
+    Masked(mask)          ->  the formula of the mask                              (lift_mask, split_scores)
+    Logits(scores, ...)   ->  the formula of all that happens to a score           (lift_mask, split_scores)
+    FlexMods(...)         ->  the call's own functions                             (split_scores)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from flexprefill_compile.passes.attention_site import AttentionSite, FlexMods, IsCausal, Logits, Masked, example_of
+from flexprefill_compile.passes.lift_mask import INDEX_NAMES, Capture, LiftedElement, Lifter, NotLiftableError
+from flexprefill_compile.passes.mask_bounds import MaskBounds, find_bounds
+from flexprefill_compile.passes.operands import shares_memory
+from flexprefill_compile.passes.operations import edited_inputs
+from flexprefill_compile.passes.prefill_shapes import Refusal
+from flexprefill_compile.passes.split_scores import ScoreParts, split_logit, split_mask
+from flexprefill_compile.passes.trace import TracedValue, trace_value
+from flexprefill_compile.report import SkipReason
+from flexprefill_compile.torch_internals import make_fx
+
+
+@dataclasses.dataclass(frozen=True)
+class LiftedSite:
+    """An attention, understood.
+
+    Attributes:
+        site: What was matched.
+        parts: What happens to its scores. With no mask and no bounds it is causal from the first key on.
+        bounds: What is known of the mask.
+        traced: Where the captures of ``parts`` come from.
+    """
+
+    site: AttentionSite
+    parts: ScoreParts
+    bounds: MaskBounds
+    traced: TracedValue
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is causal attention and nothing else, for a prompt and its own keys."""
+        return self.bounds.is_plain and self.parts.bias is None and self.parts.softcap is None
+
+
+PLAIN = MaskBounds(is_causal=True, offset=None, is_packed=False, is_given=False, is_plain=True)
+NOTHING_TRACED = TracedValue(Graph(), (), (), {})
+
+
+def lift_site(site: AttentionSite, largest_mask: int) -> LiftedSite | Refusal:
+    """Understand what happens to the scores of an attention, or tell why it can't be.
+
+    Args:
+        site: A match.
+        largest_mask: Most elements of a mask that the model is given and that has no formula.
+    """
+    if isinstance(site.scores, IsCausal):
+        return LiftedSite(site, ScoreParts(None, None, _scale_of(site), None), PLAIN, NOTHING_TRACED)
+    try:
+        traced, parts = _take_apart(site, largest_mask)
+    except NotLiftableError as error:
+        return SkipReason.MASK_NOT_LIFTED, str(error)
+    except _EditedError as error:
+        return SkipReason.MASK_EDITED, str(error)
+    except Exception as error:  # whatever tracing stumbles over, dense attention is right
+        return SkipReason.MASK_NOT_LIFTED, f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    if parts.mask is None:
+        return SkipReason.NOT_CAUSAL, "no mask"
+    bounds = find_bounds(parts.mask)
+    if not bounds.is_causal and not bounds.is_given:
+        return SkipReason.NOT_CAUSAL, "its mask lets queries see later keys"
+    return LiftedSite(site, parts, bounds, traced)
+
+
+def _scale_of(site: AttentionSite) -> float:
+    return 1.0 if site.scale is None else site.scale
+
+
+def _take_apart(site: AttentionSite, largest_mask: int) -> tuple[TracedValue, ScoreParts]:
+    match site.scores:
+        case Masked(mask=mask):
+            traced = trace_value(mask)
+            _check_edits(mask, traced, exempt=())
+            lifted = Lifter(traced, None, largest_mask).lift()
+            return traced, split_mask(lifted, example_of(mask).dtype, _scale_of(site))
+        case Logits(scores=scores, logits=logits, steps=steps):
+            traced = trace_value(logits, product=scores)
+            _check_edits(logits, traced, exempt=steps)
+            lifted = Lifter(traced, int(example_of(site.query).shape[1]), largest_mask).lift()
+            parts = split_logit(lifted, example_of(logits).dtype)
+            return traced, dataclasses.replace(parts, scale=parts.scale * _scale_of(site))
+        case FlexMods() as mods:
+            return _take_flex_apart(mods, site)
+        case _:
+            raise NotLiftableError(f"{type(site.scores).__name__} has no formula")
+
+
+# Edits in place
+
+
+class _EditedError(Exception):
+    """Something that the mask is computed from is written into, where a walk along its ancestors can't see it."""
+
+
+def _check_edits(value: Node, traced: TracedValue, exempt: tuple[Node, ...]) -> None:
+    """Raise if a value's ancestors are edited between their own computation and the value's."""
+    order = {node: number for number, node in enumerate(value.graph.nodes)}
+    for writer in value.graph.nodes:
+        if order[writer] > order[value] or writer in exempt:
+            continue
+        for edited in map(example_of, edited_inputs(writer)):
+            for ancestor in traced.ancestors:
+                if order[ancestor] < order[writer] and shares_memory(ancestor, edited):
+                    raise _EditedError(f"{writer.name} writes into it")
+
+
+# FlexAttention's own functions
+
+
+def _take_flex_apart(mods: FlexMods, site: AttentionSite) -> tuple[TracedValue, ScoreParts]:
+    captures = tuple(a for a in (*mods.score_captures, *mods.mask_captures) if isinstance(a, Node))
+    graph = Graph()
+    leaves = {node: graph.placeholder(f"leaf_{number}") for number, node in enumerate(dict.fromkeys(captures))}
+    for node, leaf in leaves.items():
+        leaf.meta["val"] = example_of(node)
+    traced = TracedValue(graph, tuple(leaves), tuple(leaves), {})
+    score = _lift_function(mods.score_mod, mods.score_captures, leaves, site, takes_score=True)
+    mask = _lift_function(mods.mask_mod, mods.mask_captures, leaves, site, takes_score=False)
+    parts = split_logit(score, torch.float32)
+    if parts.mask is not None:
+        raise NotLiftableError("the score_mod hides keys: make it a mask_mod")
+    own_mask = split_mask(mask, torch.bool, 1.0).mask
+    return traced, dataclasses.replace(parts, mask=own_mask, scale=parts.scale * _scale_of(site))
+
+
+def _lift_function(
+    function: GraphModule, captures: tuple[Any, ...], leaves: dict[Node, Node], site: AttentionSite, *, takes_score: bool
+) -> LiftedElement:
+    """Trace a mask_mod or score_mod, which is a formula already, into ATen ops."""
+    nodes = [capture for capture in captures if isinstance(capture, Node)]
+
+    def call(score: Tensor, *indices_and_nodes: Any) -> Any:
+        indices, values = indices_and_nodes[:4], iter(indices_and_nodes[4:])
+        filled = (next(values) if isinstance(capture, Node) else capture for capture in captures)
+        return function(*((score,) if takes_score else ()), *indices, *filled)
+
+    query = example_of(site.query)
+    with query.fake_mode:
+        score = torch.empty((), dtype=torch.float32, device=query.device)
+        indices = [torch.empty((), dtype=torch.int64, device=query.device) for _ in range(4)]
+    traced = make_fx(call, tracing_mode="symbolic")(score, *indices, *map(example_of, nodes))
+    graph = traced.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    names = ("score", *INDEX_NAMES, *(f"capture_{number}" for number in range(1, len(nodes) + 1)))
+    for placeholder, name in zip(placeholders, names, strict=True):
+        placeholder._rename(name)
+    bound = {p: Capture(leaves[n], (None,) * _dims(n)) for p, n in zip(placeholders[5:], nodes, strict=True)}
+    ((element,),) = (graph.output_node().args,)
+    graph.erase_node(graph.output_node())
+    return LiftedElement(graph, element, bound)
+
+
+def _dims(node: Node) -> int:
+    example = example_of(node)
+    return example.dim() if isinstance(example, Tensor) else 0

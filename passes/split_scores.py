@@ -1,0 +1,240 @@
+"""Take a lifted logit apart: what FlexAttention calls mask_mod and score_mod, and what the estimator must know.
+
+    where((key <= query) & pad[batch, key], softcap * tanh(score * scale / softcap), -inf) + bias[head] * (key - query)
+
+is a mask, a scale, a softcap and a bias. A logit that is composed otherwise is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from flexprefill_compile.passes.lift_mask import INDEX_NAMES, Capture, Element, LiftedElement, NotLiftableError
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class ElementFunction:
+    """A function of (batch, head, query, key, *captures).
+
+    Attributes:
+        module: Of elementwise ATen operations.
+        captures: What to pass for its further placeholders.
+    """
+
+    module: GraphModule
+    captures: tuple[Capture, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreParts:
+    """softmax over the pairs of ``mask`` of softcap(scale * score) + bias.
+
+    Attributes:
+        mask: True where a query sees a key; None is everywhere.
+        bias: What is added to the scaled and capped score; None is nothing.
+        scale: The factor on the product of query and key.
+        softcap: c of c * tanh(x / c); None is no cap.
+    """
+
+    mask: ElementFunction | None
+    bias: ElementFunction | None
+    scale: float
+    softcap: float | None
+
+
+def split_mask(lifted: LiftedElement, dtype: torch.dtype, scale: float) -> ScoreParts:
+    """Take apart the attn_mask of a scaled_dot_product_attention: boolean, or added to the scaled scores."""
+    splitter = _Splitter(lifted, dtype)
+    if dtype == torch.bool:
+        splitter.add_mask(lifted.element)
+    else:
+        splitter.split_addend(lifted.element)
+    return splitter.finish(scale, None)
+
+
+def split_logit(lifted: LiftedElement, dtype: torch.dtype) -> ScoreParts:
+    """Take apart what stands between the product of queries and keys and the softmax.
+
+    Raises:
+        NotLiftableError: The score goes through something other than scale, softcap, bias and mask.
+    """
+    splitter = _Splitter(lifted, dtype)
+    scale, softcap = splitter.split_score(lifted.element)
+    return splitter.finish(scale, softcap)
+
+
+class _Splitter:
+    def __init__(self, lifted: LiftedElement, dtype: torch.dtype) -> None:
+        self.lifted = lifted
+        self.graph = lifted.graph
+        self.score = self.graph.find_nodes(op="placeholder")[0]
+        # What is so low hides a key as -inf does, unless it hides all keys of a query.
+        self.lowest = -math.inf if dtype == torch.bool else torch.finfo(dtype).min
+        self.masks: list[Node] = []
+        self.addends: list[Node] = []
+
+    def finish(self, scale: float, softcap: float | None) -> ScoreParts:
+        mask = self._combine(aten.bitwise_and.Tensor, self.masks)
+        bias = self._combine(aten.add.Tensor, self.addends)
+        return ScoreParts(self._extract(mask), self._extract(bias), scale, softcap)
+
+    # The chain from the softmax's input to the score
+
+    def split_score(self, element: Element) -> tuple[float, float | None]:
+        """Collect masks and addends; return scale and softcap."""
+        while isinstance(element, Node) and element is not self.score:
+            inner = self._peel(element)
+            if inner is None:
+                break
+            element = inner
+        factor, element = self._split_factor(element)
+        if element is self.score:
+            return factor, None
+        if isinstance(element, Node) and element.target is aten.tanh.default:
+            inner_factor, element = self._split_factor(element.args[0])
+            if element is self.score:
+                return factor * inner_factor, factor
+        raise NotLiftableError("the scores go through more than scale, softcap, bias and mask")
+
+    def _peel(self, node: Node) -> Element | None:
+        """Take off the outermost mask, addend or cast; return what is inside, or None."""
+        if node.target is aten._to_copy.default:
+            return node.args[0]  # type: ignore[return-value]
+        if node.target is aten.where.self:
+            return self._split_where(node)
+        if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
+            first, second = node.args
+            if self._has_score(first):
+                self.split_addend(second if node.target is aten.add.Tensor else self._negate(second))  # type: ignore[arg-type]
+                return first  # type: ignore[return-value]
+            if self._has_score(second) and node.target is aten.add.Tensor:
+                self.split_addend(first)  # type: ignore[arg-type]
+                return second  # type: ignore[return-value]
+        return None
+
+    def _split_where(self, node: Node) -> Element | None:
+        """Turn where(condition, x, -inf) into a mask; return x, or None if neither branch hides the key."""
+        condition, if_true, if_false = node.args
+        if self._is_lowest(if_false):
+            self.masks.append(condition)  # type: ignore[arg-type]
+            return self._value_of(if_true)
+        if self._is_lowest(if_true):
+            self.masks.append(self.graph.call_function(aten.logical_not.default, (condition,)))
+            return self._value_of(if_false)
+        return None
+
+    def _split_factor(self, element: Any) -> tuple[float, Any]:
+        factor = 1.0
+        while isinstance(element, Node):
+            if element.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
+                first, second = map(self._value_of, element.args)
+                is_product = element.target in (aten.mul.Tensor, aten.mul.Scalar)
+                if is_product and isinstance(first, int | float):
+                    first, second = second, first
+                if not isinstance(second, int | float):
+                    break
+                factor = factor * second if is_product else factor / second
+                element = first
+            elif element.target is aten._to_copy.default:
+                element = element.args[0]
+            else:
+                break
+        return factor, element
+
+    # What is added to the score
+
+    def split_addend(self, element: Element) -> None:
+        """Collect the masks and the biases of a sum."""
+        if not isinstance(element, Node):
+            if element:
+                raise NotLiftableError(f"the constant {element} is added to every score")
+        elif element.target is aten.add.Tensor and not element.kwargs:
+            for part in element.args:
+                self.split_addend(part)  # type: ignore[arg-type]
+        elif element.target is aten._to_copy.default and isinstance(element.args[0], Node) and element.args[0].target in (aten.where.self, aten.add.Tensor):
+            self.split_addend(element.args[0])
+        elif element.target is aten.where.self and (rest := self._split_where(element)) is not None:
+            self.split_addend(rest)
+        elif element.target is aten.full_like.default:
+            self.split_addend(self._value_of(element))
+        else:
+            if self._reads_pair(element):
+                self.masks.append(self.graph.call_function(aten.gt.Scalar, (element, self.lowest)))
+            self.addends.append(element)
+
+    def add_mask(self, element: Element) -> None:
+        """Collect a condition; a constant True is no mask."""
+        if isinstance(element, Node):
+            self.masks.append(element)
+        elif not element:
+            raise NotLiftableError("no query sees any key")
+
+    # Helpers
+
+    def _reads_pair(self, element: Node) -> bool:
+        """Whether an element is read from a mask that exists: its -inf can't be seen in the graph."""
+        return element.target is aten.index.Tensor and {"query", "key"} <= {str(n) for n in _ancestors(element)}
+
+    def _is_lowest(self, element: Any) -> bool:
+        value = self._value_of(element)
+        return isinstance(value, int | float) and value <= self.lowest
+
+    def _value_of(self, element: Any) -> Any:
+        """Return the constant that a node stands for, or the node."""
+        if isinstance(element, Node) and element.target is aten.full_like.default:
+            return element.args[1]
+        return element
+
+    def _has_score(self, element: Any) -> bool:
+        return isinstance(element, Node) and self.score in _ancestors(element)
+
+    def _negate(self, element: Any) -> Element:
+        value = self._value_of(element)
+        return self.graph.call_function(aten.neg.default, (element,)) if isinstance(value, Node) else -value  # type: ignore[no-any-return]
+
+    def _combine(self, target: Any, nodes: list[Node]) -> Node | None:
+        combined = None
+        for node in nodes:
+            combined = node if combined is None else self.graph.call_function(target, (combined, node))
+        return combined
+
+    def _extract(self, element: Node | None) -> ElementFunction | None:
+        """Copy what computes an element into a module of its own, with the captures that it reads."""
+        if element is None:
+            return None
+        needed = _ancestors(element)
+        if self.score in needed:
+            raise NotLiftableError("a mask or a bias depends on the scores")
+        graph = Graph()
+        copies = {node: graph.placeholder(node.name) for node in self.graph.find_nodes(op="placeholder") if node.name in INDEX_NAMES}
+        captures = []
+        for node in self.graph.nodes:
+            if node in self.lifted.captures and node in needed:
+                copies[node] = graph.placeholder(f"capture_{len(captures) + 1}")
+                captures.append(self.lifted.captures[node])
+        for node in self._in_order(needed):
+            if node.op == "call_function":
+                copies[node] = graph.node_copy(node, lambda argument: copies[argument])
+        graph.output(copies[element])
+        return ElementFunction(GraphModule({}, graph), tuple(captures))
+
+    def _in_order(self, nodes: set[Node]) -> list[Node]:
+        return [node for node in self.graph.nodes if node in nodes]
+
+
+def _ancestors(node: Node) -> set[Node]:
+    found: set[Node] = set()
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current not in found:
+            found.add(current)
+            waiting.extend(current.all_input_nodes)
+    return found

@@ -1,0 +1,144 @@
+"""From a dynamo graph to core ATen and back: trace what computes one value, and put traced code into a graph.
+
+    mask: causal[None, None] & pad[:, None, None, :].bool()  ->  unsqueeze, unsqueeze, slice, _to_copy, bitwise_and
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from flexprefill_compile.passes.attention_site import example_of
+from flexprefill_compile.passes.operations import argument, operation
+from flexprefill_compile.torch_internals import make_fx
+
+# A mask's graph is tens of nodes; what is longer depends on the model's own computation.
+MOST_ANCESTORS = 400
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedValue:
+    """How a value of a dynamo graph is computed, in functional ATen ops.
+
+    Attributes:
+        graph: Placeholders are the leaves, in order; the output is the value.
+        leaves: The nodes of the dynamo graph it starts from: inputs, parameters and sizes.
+        ancestors: Every node of the dynamo graph that was traced.
+        constants: The constant tensors that the graph reads, by name.
+        product: The placeholder of the product of queries and keys, if the value depends on one.
+    """
+
+    graph: Graph
+    leaves: tuple[Node, ...]
+    ancestors: tuple[Node, ...]
+    constants: dict[str, Tensor]
+    product: Node | None = None
+
+    @property
+    def output(self) -> Node:
+        """The node of the value."""
+        (output,) = self.graph.output_node().all_input_nodes
+        return output
+
+
+def trace_value(value: Node, product: Node | None = None) -> TracedValue:
+    """Trace what computes a value, from the inputs of its graph on.
+
+    Sizes are leaves, so that a mask that asks the hidden states for their shape doesn't depend on the model.
+
+    Args:
+        value: A node of a dynamo graph.
+        product: A product of queries and keys to start from as well. Of a baddbmm only the product itself is.
+
+    Raises:
+        Exception: Whatever tracing raises; the caller takes it for "can't be traced".
+    """
+
+    def is_leaf(node: Node) -> bool:
+        if node is product:
+            return operation(node) != "baddbmm"
+        return node.op in ("placeholder", "get_attr") or isinstance(example_of(node), SymInt)
+
+    ancestors = _find_ancestors(value, is_leaf, product)
+    if len(ancestors) > MOST_ANCESTORS:
+        raise ValueError(f"computed by {len(ancestors)} operations")
+    copied = Graph()
+    copies: dict[Node, Any] = {}
+    leaves: list[Node] = []
+    for node in ancestors:
+        if isinstance(example_of(node), int):
+            copies[node] = example_of(node)
+        elif is_leaf(node):
+            leaves.append(node)
+            copies[node] = copied.placeholder(f"leaf_{len(leaves)}")
+        elif node is product:
+            leaves.append(node)
+            copies[node] = _copy_baddbmm(copied, node, copied.placeholder(f"leaf_{len(leaves)}"), copies)
+        else:
+            copies[node] = copied.node_copy(node, lambda argument: copies[argument])
+    copied.output(copies[value])
+    owner = value.graph.owning_module
+    with torch.no_grad():
+        traced = make_fx(GraphModule(owner if owner is not None else {}, copied), tracing_mode="symbolic")(
+            *map(example_of, leaves)
+        )
+    constants = {str(node.target): getattr(traced, str(node.target)) for node in traced.graph.find_nodes(op="get_attr")}
+    placeholders = dict(zip(leaves, traced.graph.find_nodes(op="placeholder"), strict=True))
+    return TracedValue(traced.graph, tuple(leaves), tuple(ancestors), constants, placeholders.get(product))
+
+
+def _copy_baddbmm(graph: Graph, node: Node, product: Node, copies: dict[Node, Any]) -> Node:
+    """Write a baddbmm as a sum: beta * input + alpha * product."""
+    addend = copies[argument(node, 0, "input", "self")]
+    beta, alpha = (node.kwargs.get(name, 1) for name in ("beta", "alpha"))
+    scaled = [graph.call_function(torch.mul, (x, factor)) for x, factor in ((product, alpha), (addend, beta))]
+    return graph.call_function(torch.add, tuple(scaled))
+
+
+def _find_ancestors(value: Node, is_leaf: Callable[[Node], bool], product: Node | None) -> list[Node]:
+    found: set[Node] = set()
+    waiting = [value]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            if not is_leaf(node) and not isinstance(example_of(node), int):
+                inputs = [argument(node, 0, "input", "self")] if node is product else node.all_input_nodes
+                waiting.extend(inputs)
+    return [node for node in value.graph.nodes if node in found]
+
+
+def inline(graph: Graph, function: Callable[..., Any], arguments: Sequence[Any]) -> list[Node]:
+    """Trace a function of tensors and sizes, and insert it where ``graph`` is inserting.
+
+    Args:
+        graph: A dynamo graph.
+        function: Plain torch code, or a GraphModule; returns a flat sequence of tensors.
+        arguments: Nodes of the graph, or constants.
+
+    Returns:
+        The nodes of what it returns.
+    """
+    nodes = [argument for argument in arguments if isinstance(argument, Node)]
+
+    def call(*values: Any) -> tuple[Any, ...]:
+        remaining = iter(values)
+        return tuple(function(*(next(remaining) if isinstance(a, Node) else a for a in arguments)))
+
+    with torch.no_grad():
+        traced = make_fx(call, tracing_mode="symbolic")(*map(example_of, nodes))
+    traced.graph.eliminate_dead_code()
+    copies: dict[Node, Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            copies[node] = graph.node_copy(node, lambda argument: copies[argument])
+            copies[node].meta = {"example_value": node.meta["val"]}
+        elif node.op == "get_attr":
+            raise ValueError(f"a constant tensor, {node.target}, can't be put into another graph")
+    (results,) = traced.graph.output_node().args
+    return [copies[result] for result in results]  # type: ignore[union-attr, index]
