@@ -14,14 +14,23 @@ from flexprefill_compile.torch_internals import guard_or_false
 Refusal = tuple[SkipReason, str]
 
 
-def refuse_lengths(query_length: int | SymInt, key_length: int | SymInt, min_length: int) -> Refusal | None:
-    """Return why a causal call of these lengths can't or shouldn't run sparse, or None if it should.
+def refuse_lengths(
+    query_length: int | SymInt, key_length: int | SymInt, min_length: int, *, is_causal: bool
+) -> Refusal | None:
+    """Return why attention of these lengths can't or shouldn't run sparse, or None if it should.
 
     May add two guards: that the lengths are equal, where dynamo gave them different symbols, and on which side of
     ``min_length`` the prompt is. Sizes that depend on data can't be guarded on and are refused.
+
+    Args:
+        query_length: In tokens.
+        key_length: In tokens: the length of the prompt, of which the queries may be a later chunk.
+        min_length: Shorter prompts stay dense.
+        is_causal: Whether query i sees keys 0 to i, which says what it means for equal lengths only. Else a mask tells
+            where the queries stand among the keys.
     """
-    if not guard_or_false(query_length == key_length):
+    if is_causal and not guard_or_false(query_length == key_length):
         return SkipReason.LENGTHS_DIFFER, f"{query_length} queries, {key_length} keys"
-    if not guard_or_false(query_length >= min_length):
-        return SkipReason.TOO_SHORT, f"{query_length} < {min_length}"
+    if not guard_or_false(key_length >= min_length):
+        return SkipReason.TOO_SHORT, f"{key_length} < {min_length}"
     return None

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_map_only
 from flexprefill_compile.block_masks.layout import BlockTables
 from flexprefill_compile.block_masks.prefill import causal_mask, create_block_mask
 from flexprefill_compile.config import SparsePrefillConfig
+from flexprefill_compile.passes.attention_site import AttentionSite, example_of
 from flexprefill_compile.passes.cpu_workarounds import realize_on_cpu
-from flexprefill_compile.passes.match_sdpa import SdpaSite, example_of
 from flexprefill_compile.torch_internals import complete_kernel_options, flex_attention_hop
 
 Insert = Callable[..., Node]
@@ -37,7 +37,7 @@ SCORE_MODULE = "flexprefill_identity_score"
 LARGEST_PIPELINED_ROW_BYTES = 512
 
 
-def rewrite_sdpa(site: SdpaSite, module: GraphModule, config: SparsePrefillConfig) -> None:
+def rewrite_sdpa(site: AttentionSite, module: GraphModule, config: SparsePrefillConfig) -> None:
     """Replace the call of a site by its sparse form, in place.
 
     Args:
@@ -46,10 +46,11 @@ def rewrite_sdpa(site: SdpaSite, module: GraphModule, config: SparsePrefillConfi
         config: What to select.
     """
     insert = _start_inserting(module.graph, site.node)
+    scale = 1.0 if site.scale is None else site.scale
     with module.graph.inserting_before(site.node):
         query, key, value = (_insert_input(insert, site, x) for x in (site.query, site.key, site.value))
-        tables = _insert_selection(insert, query, key, value, site.scale, config)
-        attention = _insert_attention(module, query, key, value, site.scale, tables, config.block_size)
+        tables = _insert_selection(insert, query, key, value, scale, config)
+        attention = _insert_attention(module, query, key, value, scale, tables, config.block_size)
         attention.meta = site.node.meta | {"example_value": (example_of(site.node),)}
         output = insert(operator.getitem, attention, 0)
         output = realize_on_cpu(insert, output, example_of(query).device)
@@ -70,7 +71,7 @@ def _start_inserting(graph: Graph, call: Node) -> Insert:
     return insert
 
 
-def _insert_input(insert: Insert, site: SdpaSite, x: Node) -> Node:
+def _insert_input(insert: Insert, site: AttentionSite, x: Node) -> Node:
     """Insert what FlexAttention takes in place of an argument: in the dtype that autocast would have cast it to."""
     if example_of(x).dtype != site.dtype:
         x = insert(torch.ops.aten.to.dtype, x, site.dtype)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from flexprefill_compile.config import SparsePrefillConfig
+from flexprefill_compile.passes.attention_site import AttentionSite, IsCausal
 from flexprefill_compile.passes.base import GraphPass, graph_modules
-from flexprefill_compile.passes.match_sdpa import SdpaSite, is_sdpa, match_sdpa
+from flexprefill_compile.passes.match_attention import match_attention
 from flexprefill_compile.passes.rewrite_sdpa import rewrite_sdpa
 from flexprefill_compile.report import Rewritten, Site, Skipped, SkipReason
 
@@ -29,11 +30,13 @@ class SparsePrefillPass(GraphPass):
     def run(self, graph_module: GraphModule) -> None:
         """Rewrite the graph and its child graphs."""
         for module in graph_modules(graph_module):
-            for node in filter(is_sdpa, list(module.graph.nodes)):
-                self.sites.append(self._rewrite_call(node, module))
+            for node in list(module.graph.nodes):
+                match = match_attention(node, self.config.min_length)
+                if match is not None:
+                    self.sites.append(self._rewrite_site(match, module))
 
-    def _rewrite_call(self, node: Node, module: GraphModule) -> Site:
-        site = match_sdpa(node, self.config.min_length)
+    def _rewrite_site(self, match: AttentionSite | Skipped, module: GraphModule) -> Site:
+        site = only_causal(match)
         if isinstance(site, Skipped):
             return site
         if site.signature in self.failures:
@@ -42,12 +45,17 @@ class SparsePrefillPass(GraphPass):
         return Rewritten(site.name, site.shapes)
 
 
+def only_causal(match: AttentionSite | Skipped) -> AttentionSite | Skipped:
+    """Leave a site dense whose scores are more than causal."""
+    if isinstance(match, Skipped) or isinstance(match.scores, IsCausal):
+        return match
+    return Skipped(match.name, match.shapes, SkipReason.EXPLICIT_MASK)
+
+
 def find_signatures(graph_module: GraphModule, min_length: int) -> list[object]:
     """Return the distinct signatures of the sites that the pass would rewrite, in the order of the graph."""
     matches = (
-        match_sdpa(node, min_length)
-        for module in graph_modules(graph_module)
-        for node in module.graph.nodes
-        if is_sdpa(node)
+        match_attention(node, min_length) for module in graph_modules(graph_module) for node in module.graph.nodes
     )
-    return list(dict.fromkeys(match.signature for match in matches if isinstance(match, SdpaSite)))
+    sites = (only_causal(match) for match in matches if match is not None)
+    return list(dict.fromkeys(site.signature for site in sites if isinstance(site, AttentionSite)))
