@@ -119,7 +119,7 @@ def compile_graph(
         raise
     except Exception as error:
         snapshot.restore()
-        signatures = find_signatures(graph_module, config.min_length)
+        signatures = find_signatures(graph_module, config)
         if not signatures:
             raise
         failures = find_failures(partial(attempt, is_trial=True), signatures, error)

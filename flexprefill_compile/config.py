@@ -30,6 +30,10 @@ class SparsePrefillConfig:
             None is no limit. It also caps gamma = 1.
         block_size: Tokens to a side of a block: a power of two from 16 to 512.
         min_length: Prompts of fewer tokens keep dense attention.
+        max_mask_elements: Attention under a mask tensor that the model is given, of more elements than this, stays
+            dense. Masks that the model computes from positions and lengths are never read and have no limit.
+        check_masks: Compare each mask with the formula it was turned into, at run time, and raise where they differ.
+            For debugging: it needs the whole mask.
         estimator: How blocks are chosen: ``"flexprefill"``.
         on_skip: What to do about an attention call that has to stay dense: ``"keep"`` it and report it, or
             ``"raise"``. Decode steps and short prompts are dense by design and never raise.
@@ -44,6 +48,8 @@ class SparsePrefillConfig:
     max_budget: int | None = None
     block_size: int = 128
     min_length: int = 4096
+    max_mask_elements: int = 2**26
+    check_masks: bool = False
     estimator: str = "flexprefill"
     on_skip: str = "keep"
 
@@ -64,6 +70,13 @@ class SparsePrefillConfig:
             _is_integer(self.block_size, 16) and self.block_size <= 512 and self.block_size.bit_count() == 1,
         )
         _check("min_length", self.min_length, "a number of tokens, at least 1", _is_integer(self.min_length, 1))
+        _check(
+            "max_mask_elements",
+            self.max_mask_elements,
+            "a number of elements, at least 0",
+            _is_integer(self.max_mask_elements, 0),
+        )
+        _check("check_masks", self.check_masks, "True or False", isinstance(self.check_masks, bool))
         _check("estimator", self.estimator, f"one of {', '.join(ESTIMATORS)}", self.estimator in ESTIMATORS)
         _check("on_skip", self.on_skip, f"one of {', '.join(ON_SKIP)}", self.on_skip in ON_SKIP)
 

@@ -14,8 +14,12 @@ class SkipReason(enum.Enum):
 
     DECODE = "one query: a decode step"
     TOO_SHORT = "prompt shorter than min_length"
-    EXPLICIT_MASK = "has an explicit attn_mask"
+    MASK_NOT_LIFTED = "its mask is no formula of query and key"
+    MASK_EDITED = "its mask is edited in place"
     NOT_CAUSAL = "not causal"
+    UNRECOGNISED = "attention written out in a form that is not recognised"
+    FUSED = "projections and attention in one call, as nn.MultiheadAttention and nn.TransformerEncoderLayer make it"
+    WEIGHTS_USED = "its attention weights or logsumexp are used, not its output alone"
     DROPOUT = "has dropout"
     GRADIENT = "under autograd; sparse prefill is inference only, use torch.no_grad()"
     LENGTHS_DIFFER = "query and key lengths differ, or can't be compared"
@@ -94,7 +98,7 @@ class RewriteReport:
     def __str__(self) -> str:
         """Return a line for each attention call, then the total."""
         if not self.sites:
-            return "no scaled_dot_product_attention was compiled"
+            return "no attention was compiled"
         rows = [
             (site.name, site.shapes.query, site.shapes.key, site.shapes.dtype, _outcome(site)) for site in self.sites
         ]

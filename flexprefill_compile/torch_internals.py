@@ -18,6 +18,7 @@ from torch._higher_order_ops.flex_attention import flex_attention as flex_attent
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import config as _compiler_config
 from torch.fx import Graph, GraphModule
@@ -27,8 +28,11 @@ from torch.nn.attention.flex_attention import _apply_kernel_options
 
 __all__ = [
     "CONTROL_FLOW",
+    "FUSED_ATTENTION",
     "FakeTensor",
     "GraphSnapshot",
+    "OpOverload",
+    "OpOverloadPacket",
     "PassesThroughDynamo",
     "compile_with_inductor",
     "compiler_config",
@@ -39,6 +43,7 @@ __all__ = [
     "inductor_option_names",
     "list_mode_options",
     "make_fx",
+    "share_storage",
     "statically_known_true",
     "uncompiled_call",
 ]
@@ -63,6 +68,21 @@ compiler_config: Any = _compiler_config  # torch adds its ``patch`` at run time,
 
 # How dynamo steers a compile, and errors meant for the user: never a failed lowering.
 CONTROL_FLOW = (RestartAnalysis, SkipFrame, PassesThroughDynamo)
+
+# Attention inside one call together with its projections: what nn.MultiheadAttention and nn.TransformerEncoderLayer
+# leave in a dynamo graph.
+FUSED_ATTENTION = frozenset(
+    {
+        nn.functional.multi_head_attention_forward,
+        torch._native_multi_head_attention,
+        torch._transformer_encoder_layer_fwd,
+    }
+)
+
+
+def share_storage(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors of a dynamo graph are views of one piece of memory."""
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def inductor_option_names() -> frozenset[str]:

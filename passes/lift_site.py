@@ -52,29 +52,56 @@ PLAIN = MaskBounds(is_causal=True, offset=None, is_packed=False, is_given=False,
 NOTHING_TRACED = TracedValue(Graph(), (), (), {})
 
 
-def lift_site(site: AttentionSite, largest_mask: int) -> LiftedSite | Refusal:
+# By the node of a mask: what one layer found out, the others needn't.
+LiftedMasks = dict[Node, tuple[TracedValue, ScoreParts] | Refusal]
+
+
+def lift_site(site: AttentionSite, largest_mask: int, known: LiftedMasks) -> LiftedSite | Refusal:
     """Understand what happens to the scores of an attention, or tell why it can't be.
 
     Args:
         site: A match.
         largest_mask: Most elements of a mask that the model is given and that has no formula.
+        known: Masks lifted before; gains this one.
     """
     if isinstance(site.scores, IsCausal):
         return LiftedSite(site, ScoreParts(None, None, _scale_of(site), None), PLAIN, NOTHING_TRACED)
-    try:
-        traced, parts = _take_apart(site, largest_mask)
-    except NotLiftableError as error:
-        return SkipReason.MASK_NOT_LIFTED, str(error)
-    except _EditedError as error:
-        return SkipReason.MASK_EDITED, str(error)
-    except Exception as error:  # whatever tracing stumbles over, dense attention is right
-        return SkipReason.MASK_NOT_LIFTED, f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    taken = _take_apart_once(site, largest_mask, known)
+    if isinstance(taken[0], SkipReason):
+        return taken  # type: ignore[return-value]
+    traced, parts = taken
     if parts.mask is None:
         return SkipReason.NOT_CAUSAL, "no mask"
     bounds = find_bounds(parts.mask)
     if not bounds.is_causal and not bounds.is_given:
         return SkipReason.NOT_CAUSAL, "its mask lets queries see later keys"
     return LiftedSite(site, parts, bounds, traced)
+
+
+def _take_apart_once(
+    site: AttentionSite, largest_mask: int, known: LiftedMasks
+) -> tuple[TracedValue, ScoreParts] | Refusal:
+    if not isinstance(site.scores, Masked):
+        return _try_to_take_apart(site, largest_mask)
+    if site.scores.mask not in known:
+        known[site.scores.mask] = _try_to_take_apart(site, largest_mask)
+    taken = known[site.scores.mask]
+    match taken:
+        case TracedValue() as traced, ScoreParts() as parts:
+            return traced, dataclasses.replace(parts, scale=_scale_of(site))
+        case refusal:
+            return refusal  # type: ignore[return-value]
+
+
+def _try_to_take_apart(site: AttentionSite, largest_mask: int) -> tuple[TracedValue, ScoreParts] | Refusal:
+    try:
+        return _take_apart(site, largest_mask)
+    except NotLiftableError as error:
+        return SkipReason.MASK_NOT_LIFTED, str(error)
+    except _EditedError as error:
+        return SkipReason.MASK_EDITED, str(error)
+    except Exception as error:  # whatever tracing stumbles over, dense attention is right
+        return SkipReason.MASK_NOT_LIFTED, f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _scale_of(site: AttentionSite) -> float:

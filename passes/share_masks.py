@@ -25,7 +25,7 @@ from flexprefill_compile.block_masks.mask_facts import MaskFacts, describe_mask,
 from flexprefill_compile.passes.attention_site import FlexMods, example_of
 from flexprefill_compile.passes.cpu_workarounds import realize_on_cpu
 from flexprefill_compile.passes.lift_mask import Capture
-from flexprefill_compile.passes.lift_site import LiftedSite
+from flexprefill_compile.passes.lift_site import LiftedMasks, LiftedSite
 from flexprefill_compile.passes.operands import shares_memory
 from flexprefill_compile.passes.operations import edited_inputs
 from flexprefill_compile.passes.split_scores import ElementFunction
@@ -52,12 +52,19 @@ class SharedMask:
 
 
 class MaskSharing:
-    """Inserts into one graph what each of its masks needs, when a layer first asks."""
+    """Inserts into one graph what each of its masks needs, when a layer first asks.
+
+    Attributes:
+        module: The graph's module.
+        graph: The graph.
+        lifted: What masks of the graph were lifted to.
+    """
 
     def __init__(self, module: GraphModule, block_size: int) -> None:
         self.module = module
         self.graph = module.graph
         self.block_size = block_size
+        self.lifted: LiftedMasks = {}
         self._masks: dict[object, SharedMask] = {}
         self._captures: dict[object, Any] = {}
         self._biases: dict[object, Node] = {}

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from torch.fx import GraphModule, Node
 
 from flexprefill_compile.config import SparsePrefillConfig
+from flexprefill_compile.passes.attention_site import AttentionSite
 from flexprefill_compile.passes.base import GraphPass, graph_modules
-from flexprefill_compile.passes.match_sdpa import SdpaSite, is_sdpa, match_sdpa
-from flexprefill_compile.passes.rewrite_sdpa import rewrite_sdpa
+from flexprefill_compile.passes.lift_site import LiftedMasks, LiftedSite, lift_site
+from flexprefill_compile.passes.match_attention import match_attention
+from flexprefill_compile.passes.rewrite_attention import rewrite_attention
+from flexprefill_compile.passes.share_masks import MaskSharing
 from flexprefill_compile.report import Rewritten, Site, Skipped, SkipReason
 
 
@@ -29,25 +32,34 @@ class SparsePrefillPass(GraphPass):
     def run(self, graph_module: GraphModule) -> None:
         """Rewrite the graph and its child graphs."""
         for module in graph_modules(graph_module):
-            for node in filter(is_sdpa, list(module.graph.nodes)):
-                self.sites.append(self._rewrite_call(node, module))
+            sharing = MaskSharing(module, self.config.block_size)
+            for node in list(module.graph.nodes):
+                found = find_attention(node, self.config, sharing.lifted)
+                if found is not None:
+                    self.sites.append(self._rewrite_site(found, sharing))
 
-    def _rewrite_call(self, node: Node, module: GraphModule) -> Site:
-        site = match_sdpa(node, self.config.min_length)
-        if isinstance(site, Skipped):
-            return site
+    def _rewrite_site(self, found: LiftedSite | Skipped, sharing: MaskSharing) -> Site:
+        if isinstance(found, Skipped):
+            return found
+        site = found.site
         if site.signature in self.failures:
             return Skipped(site.name, site.shapes, SkipReason.LOWERING_FAILED, self.failures[site.signature])
-        rewrite_sdpa(site, module, self.config)
+        rewrite_attention(found, self.config, sharing)
         return Rewritten(site.name, site.shapes)
 
 
-def find_signatures(graph_module: GraphModule, min_length: int) -> list[object]:
+def find_attention(node: Node, config: SparsePrefillConfig, known: LiftedMasks) -> LiftedSite | Skipped | None:
+    """Return the attention that a node stands for, understood, or why it stays dense, or None for no attention."""
+    match = match_attention(node, config)
+    if not isinstance(match, AttentionSite):
+        return match
+    lifted = lift_site(match, config.max_mask_elements, known)
+    return lifted if isinstance(lifted, LiftedSite) else Skipped(match.name, match.shapes, *lifted)
+
+
+def find_signatures(graph_module: GraphModule, config: SparsePrefillConfig) -> list[object]:
     """Return the distinct signatures of the sites that the pass would rewrite, in the order of the graph."""
-    matches = (
-        match_sdpa(node, min_length)
-        for module in graph_modules(graph_module)
-        for node in module.graph.nodes
-        if is_sdpa(node)
-    )
-    return list(dict.fromkeys(match.signature for match in matches if isinstance(match, SdpaSite)))
+    known: LiftedMasks = {}
+    nodes = (node for module in graph_modules(graph_module) for node in module.graph.nodes)
+    found = [find_attention(node, config, known) for node in nodes]
+    return list(dict.fromkeys(lifted.site.signature for lifted in found if isinstance(lifted, LiftedSite)))
