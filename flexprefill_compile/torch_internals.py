@@ -14,12 +14,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
+from torch._guards import tracing
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._ops import OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.compiler import config as _compiler_config
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -42,7 +43,7 @@ __all__ = [
     "guard_or_false",
     "inductor_option_names",
     "list_mode_options",
-    "make_fx",
+    "make_fx_under",
     "share_storage",
     "statically_known_true",
     "uncompiled_call",
@@ -101,6 +102,15 @@ def uncompiled_call(model: Callable[..., Any]) -> Callable[..., Any]:
     """Return what calling a model means without the compilation it may have had, hooks included."""
     model = getattr(model, "_orig_mod", model)
     return model._call_impl if isinstance(model, nn.Module) else model
+
+
+def make_fx_under(fake_mode: FakeTensorMode, function: Callable[..., Any], *examples: Any) -> GraphModule:
+    """Trace a function into ATen ops on fake tensors and symbols of one fake mode, for inference.
+
+    Dynamo gives a backend a fake mode of its own, other than that of the graph's examples; it is set aside.
+    """
+    with torch.no_grad(), tracing(None), fake_mode:
+        return cast("GraphModule", make_fx(function, tracing_mode="symbolic")(*examples))
 
 
 class GraphSnapshot:

@@ -21,9 +21,8 @@ from flexprefill_compile.passes.operands import shares_memory
 from flexprefill_compile.passes.operations import edited_inputs
 from flexprefill_compile.passes.prefill_shapes import Refusal
 from flexprefill_compile.passes.split_scores import ScoreParts, split_logit, split_mask
-from flexprefill_compile.passes.trace import TracedValue, trace_value
+from flexprefill_compile.passes.trace import TracedValue, trace, trace_value
 from flexprefill_compile.report import SkipReason
-from flexprefill_compile.torch_internals import make_fx
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +179,7 @@ def _lift_function(
     with query.fake_mode:
         score = torch.empty((), dtype=torch.float32, device=query.device)
         indices = [torch.empty((), dtype=torch.int64, device=query.device) for _ in range(4)]
-    traced = make_fx(call, tracing_mode="symbolic")(score, *indices, *map(example_of, nodes))
+    traced = trace(site.query.graph, call, score, *indices, *map(example_of, nodes))
     graph = traced.graph
     placeholders = graph.find_nodes(op="placeholder")
     names = ("score", *INDEX_NAMES, *(f"capture_{number}" for number in range(1, len(nodes) + 1)))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from flexprefill_compile.block_masks.intervals import BlockBounds, classify_blocks
-from flexprefill_compile.block_masks.layout import AttentionSizes, unpack_blocks
+from flexprefill_compile.block_masks.layout import AttentionSizes, count_blocks, unpack_blocks
 from flexprefill_compile.block_masks.mask_facts import MaskFacts, describe_mask, representative_indices
 from flexprefill_compile.passes.attention_site import FlexMods, example_of
 from flexprefill_compile.passes.cpu_workarounds import realize_on_cpu
@@ -191,7 +191,8 @@ class MaskSharing:
             if tables is None:
                 bounds = classify_blocks(mask.module, captured, measured, self.block_size, device)
             else:
-                partial, full = (unpack_blocks(*values[n : n + 2]) for n in (num_captures + 4, num_captures + 6))
+                num_k_blocks = count_blocks(measured.key_length, self.block_size)
+                partial, full = (unpack_blocks(*pair, num_k_blocks) for pair in (values[-4:-2], values[-2:]))
                 bounds = BlockBounds(certain=full, possible=partial | full)
             offset = lifted.bounds.compute_offset(mask, captured, measured.key_length - measured.query_length)
             return tuple(describe_mask(mask.module, captured, measured, bounds, offset, lifted.bounds.is_packed, self.block_size))

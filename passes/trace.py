@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from flexprefill_compile.passes.attention_site import example_of
 from flexprefill_compile.passes.operations import argument, operation
-from flexprefill_compile.torch_internals import make_fx
+from flexprefill_compile.torch_internals import FakeTensor, make_fx_under
 
 # A mask's graph is tens of nodes; what is longer depends on the model's own computation.
 MOST_ANCESTORS = 400
@@ -83,10 +83,7 @@ def trace_value(value: Node, product: Node | None = None) -> TracedValue:
             copies[node] = copied.node_copy(node, lambda argument: copies[argument])
     copied.output(copies[value])
     owner = value.graph.owning_module
-    with torch.no_grad():
-        traced = make_fx(GraphModule(owner if owner is not None else {}, copied), tracing_mode="symbolic")(
-            *map(example_of, leaves)
-        )
+    traced = trace(value.graph, GraphModule(owner if owner is not None else {}, copied), *map(example_of, leaves))
     constants = {str(node.target): getattr(traced, str(node.target)) for node in traced.graph.find_nodes(op="get_attr")}
     placeholders = dict(zip(leaves, traced.graph.find_nodes(op="placeholder"), strict=True))
     return TracedValue(traced.graph, tuple(leaves), tuple(ancestors), constants, placeholders.get(product))
@@ -113,6 +110,12 @@ def _find_ancestors(value: Node, is_leaf: Callable[[Node], bool], product: Node 
     return [node for node in value.graph.nodes if node in found]
 
 
+def trace(graph: Graph, function: Callable[..., Any], *examples: Any) -> GraphModule:
+    """Trace a function into ATen ops, on the examples and in the fake mode of a dynamo graph."""
+    fake_mode = next(e.fake_mode for node in graph.nodes if isinstance(e := example_of(node), FakeTensor))
+    return make_fx_under(fake_mode, function, *examples)
+
+
 def inline(graph: Graph, function: Callable[..., Any], arguments: Sequence[Any]) -> list[Node]:
     """Trace a function of tensors and sizes, and insert it where ``graph`` is inserting.
 
@@ -130,8 +133,7 @@ def inline(graph: Graph, function: Callable[..., Any], arguments: Sequence[Any])
         remaining = iter(values)
         return tuple(function(*(next(remaining) if isinstance(a, Node) else a for a in arguments)))
 
-    with torch.no_grad():
-        traced = make_fx(call, tracing_mode="symbolic")(*map(example_of, nodes))
+    traced = trace(graph, call, *map(example_of, nodes))
     traced.graph.eliminate_dead_code()
     copies: dict[Node, Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
     for node in traced.graph.nodes:
