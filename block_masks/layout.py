@@ -12,13 +12,22 @@ class BlockTables(NamedTuple):
     """The blocks to compute, as FlexAttention reads them: int32, columns in ascending order.
 
     ``kv_*`` lists the blocks on which the mask_mod runs, ``full_kv_*`` those that no mask touches. Counts are
-    (B, H, num_blocks), indices (B, H, num_blocks, num_blocks); entries beyond a row's count are valid but unused.
+    (B, H, num_q_blocks), indices (B, H, num_q_blocks, num_k_blocks); entries beyond a row's count are valid but unused.
     """
 
     kv_num_blocks: Tensor
     kv_indices: Tensor
     full_kv_num_blocks: Tensor
     full_kv_indices: Tensor
+
+
+class AttentionSizes(NamedTuple):
+    """The sizes of one attention call, ints or SymInts."""
+
+    batch: int
+    heads: int
+    query_length: int
+    key_length: int
 
 
 def count_blocks(length: int, block_size: int) -> int:
@@ -45,6 +54,43 @@ def pool_blocks(x: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     return torch.cat([means, x[..., whole:, :].mean(-2, keepdim=True, dtype=dtype)], dim=-2)
 
 
+def pool_counted_blocks(x: Tensor, is_counted: Tensor, dtype: torch.dtype, elements_at_once: int) -> Tensor:
+    """Average the tokens of each block that count; what others hold does not matter as long as it is finite.
+
+    Args:
+        x: (B, H, S, D), any strides.
+        is_counted: (B|1, num_blocks, block_size) bool.
+        dtype: The dtype of the sum and of the result.
+        elements_at_once: How many elements of ``x`` are converted at a time; at least a block of each head is.
+
+    Returns:
+        (B, H, num_blocks, D), zero where no token of a block counts.
+    """
+    num_blocks, block_size = is_counted.shape[1:]
+    weights = is_counted.to(dtype)
+    weights = (weights / weights.sum(-1, keepdim=True).clamp(min=1))[:, None, :, :, None]
+    at_once = max(1, elements_at_once // (x.shape[0] * x.shape[1] * block_size * x.shape[3]))
+    means = [
+        (take_blocks(x, start, at_once, block_size).to(dtype) * weights[:, :, start : start + at_once]).sum(-2)
+        for start in range(0, num_blocks, at_once)
+    ]
+    return torch.cat(means, dim=-2)
+
+
+def take_blocks(x: Tensor, start: int, count: int, block_size: int) -> Tensor:
+    """Cut up to ``count`` blocks out of (B, H, S, D), the ragged last one filled with zeros.
+
+    Returns:
+        (B, H, blocks, block_size, D), a view where nothing is filled.
+    """
+    tokens = x[:, :, start * block_size : (start + count) * block_size]
+    missing = -tokens.shape[2] % block_size
+    if missing:
+        tokens = torch.nn.functional.pad(tokens, (0, 0, 0, missing))
+    blocks: Tensor = tokens.unflatten(2, (-1, block_size))
+    return blocks
+
+
 def sum_blocks(x: Tensor, block_size: int) -> Tensor:
     """Sum the tokens of each block: (..., S) to (..., num_blocks)."""
     padding = -x.shape[-1] % block_size
@@ -67,6 +113,16 @@ def pack_causal_blocks(selected: Tensor) -> BlockTables:
         selected: (B, H, num_blocks, num_blocks) bool, nothing above the diagonal.
     """
     return BlockTables(*_pack(selected & ~selected.tril(-1)), *_pack(selected.tril(-1)))
+
+
+def pack_blocks(selected: Tensor, certain: Tensor) -> BlockTables:
+    """Pack a selection, split into the blocks that the mask may cross and those it leaves whole.
+
+    Args:
+        selected: (B, H, num_q_blocks, num_k_blocks) bool.
+        certain: (B|1, H|1, num_q_blocks, num_k_blocks) bool, the blocks whose every pair is attended.
+    """
+    return BlockTables(*_pack(selected & ~certain), *_pack(selected & certain))
 
 
 def _pack(selected: Tensor) -> tuple[Tensor, Tensor]:

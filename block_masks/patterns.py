@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.special import entr
 
+from flexprefill_compile.block_masks.runs import Runs, logsumexp_runs, sum_runs
+
 
 def is_query_aware(
     pooled_queries: Tensor, pooled_key: Tensor, true_columns: Tensor, scale: float, tau: float
@@ -26,10 +28,35 @@ def is_query_aware(
     return compute_js_distance(estimated_columns, true_columns) < tau
 
 
+def is_masked_query_aware(
+    logits: Tensor, is_seen: Tensor, true_columns: Tensor, tau: float, runs: Runs | None
+) -> Tensor:
+    """Tell the same of each sequence under a mask.
+
+    Args:
+        logits: (B, H, num_k_blocks), score of the mean representative query of a block's sequence with its mean key.
+        is_seen: (B|1, H|1, num_k_blocks) bool, whether the representative queries see anything of the block.
+        true_columns: (B, H, num_k_blocks), their attention; sums to 1 over the blocks of a sequence.
+        tau: Largest distance that is trusted.
+        runs: The blocks of each packed sequence; None is one sequence a row of the batch.
+
+    Returns:
+        (B, H, 1) bool, or (B, H, num_k_blocks) with runs.
+    """
+    logits = logits.masked_fill(~is_seen, -torch.inf)
+    estimated_columns = (logits - logsumexp_runs(logits, runs)).exp().masked_fill(~is_seen, 0)
+    return compute_js_distances(estimated_columns, true_columns, runs) < tau
+
+
 def compute_js_distance(p: Tensor, q: Tensor) -> Tensor:
-    """Return the square root of the Jensen-Shannon divergence in nats, in [0, sqrt(ln 2)]: (..., N) to (...).
+    """Return the square root of the Jensen-Shannon divergence in nats, in [0, sqrt(ln 2)]: (..., N) to (...)."""
+    return compute_js_distances(p, q, None).squeeze(-1)
+
+
+def compute_js_distances(p: Tensor, q: Tensor, runs: Runs | None) -> Tensor:
+    """Return the distance of each run: (..., N) to (..., 1) for one run a row, else to (..., N).
 
     Written as entropies, where a bin of zero mass counts as zero instead of NaN.
     """
-    divergence = entr((p + q) / 2).sum(-1) - (entr(p).sum(-1) + entr(q).sum(-1)) / 2
+    divergence = sum_runs(entr((p + q) / 2), runs) - (sum_runs(entr(p), runs) + sum_runs(entr(q), runs)) / 2
     return torch.sqrt(divergence.clamp(min=0))

@@ -16,8 +16,8 @@ _recordings: list[list[Tensor]] = []
 def record_densities() -> Iterator[list[Tensor]]:
     """Collect the density of every selection made meanwhile, in the order of the attention calls.
 
-    A density is a (B, H) float tensor, the share of the causal blocks that a head computes, on the device of the
-    selection; recording one waits for nothing. Replayed CUDA graphs run no Python and are not seen.
+    A density is a (B, H) float tensor, the share of the blocks under its mask that a head computes, on the device of
+    the selection; recording one waits for nothing. Replayed CUDA graphs run no Python and are not seen.
     """
     recording: list[Tensor] = []
     _recordings.append(recording)
@@ -27,11 +27,17 @@ def record_densities() -> Iterator[list[Tensor]]:
         _recordings.remove(recording)
 
 
-def record(tables: BlockTables) -> None:
-    """Add a selection to the recordings under way."""
+def record(tables: BlockTables, possible: Tensor | None = None) -> None:
+    """Add a selection to the recordings under way.
+
+    Args:
+        tables: The selection.
+        possible: (B|1, H|1, num_q_blocks, num_k_blocks) bool, the blocks that dense attention would compute; None is
+            the causal ones.
+    """
     if _recordings:
         num_blocks = tables.kv_num_blocks.shape[-1]
         computed = (tables.kv_num_blocks + tables.full_kv_num_blocks).sum(-1)
-        density = computed / (num_blocks * (num_blocks + 1) / 2)
+        of = num_blocks * (num_blocks + 1) / 2 if possible is None else possible.sum((-2, -1)).clamp(min=1)
         for recording in _recordings:
-            recording.append(density)
+            recording.append(computed / of)

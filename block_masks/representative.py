@@ -44,7 +44,7 @@ def compute_representative_attention(
     """
     batch, heads, num_rows, head_dim = queries.shape
     num_kv_heads, length = key.shape[1:3]
-    # Last query first: a row's distance to the end then equals its index, which pays off in _sum_diagonals.
+    # Last query first: a row's distance to the end then equals its index, which pays off in sum_diagonals.
     rows = (queries.flip(-2) * scale).reshape(batch, num_kv_heads, -1, head_dim)
     chunk_tokens = max(block_size, SCORES_AT_ONCE[key.device.type] // (batch * heads * num_rows))
     row_positions = torch.arange(length - 1, length - 1 - num_rows, -1, device=key.device)
@@ -69,7 +69,7 @@ def compute_representative_attention(
         mass = score_chunk(start).sub_(log_total.unsqueeze(-1)).exp_()
         stop = start + mass.shape[-1]
         columns[..., start:stop] = mass.sum(-2)
-        distances_to_end[..., start : stop + num_rows - 1] += _sum_diagonals(mass)
+        distances_to_end[..., start : stop + num_rows - 1] += sum_diagonals(mass)
 
     offsets = distances_to_end[..., :length].flip(-1)
     return RepresentativeAttention(
@@ -101,7 +101,7 @@ def pool_offsets(offset_mass: Tensor, block_size: int) -> Tensor:
     return diagonals
 
 
-def _sum_diagonals(mass: Tensor) -> Tensor:
+def sum_diagonals(mass: Tensor) -> Tensor:
     """Sum (..., R, C) along its anti-diagonals: entry t of the (..., R + C - 1) result holds row + column = t."""
     num_rows, num_columns = mass.shape[-2:]
     # Rows padded to R + C and read back in rows of R + C - 1: each is shifted right by one more than the last.

@@ -5,24 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexprefill_compile.block_masks.runs import Runs
 
-def select_cumulative(mass: Tensor, gamma: float) -> Tensor:
-    """Select the fewest entries of each row whose mass reaches ``gamma`` of the row's total.
+
+def select_cumulative(mass: Tensor, gamma: float, runs: Runs | None = None) -> Tensor:
+    """Select the fewest entries of each row, or of each of its runs, whose mass reaches ``gamma`` of the total.
 
     The entry that crosses the threshold is kept, so the share is reached. Equal masses are taken from the left.
 
     Args:
         mass: (..., N), not negative.
         gamma: In (0, 1].
+        runs: Broadcastable to (..., N); None makes each row one run.
 
     Returns:
         (..., N) bool. Source: FlexPrefill, Algorithms 3 and 4, at the granularity of blocks.
     """
     ordered, order = mass.sort(dim=-1, descending=True, stable=True)
+    if runs is not None:
+        # Stable: within its run, an entry keeps its rank. A run's entries then lie where the run lies in ``mass``.
+        by_run = runs.first.int().expand_as(order).gather(-1, order).argsort(dim=-1, stable=True)
+        ordered, order = ordered.gather(-1, by_run), order.gather(-1, by_run)
     # float64: a float32 running sum over num_blocks ** 2 entries would miss gamma by more than a block's mass.
     reached = ordered.cumsum(-1, dtype=torch.float64)
-    missing_before = reached - ordered < gamma * reached[..., -1:]
+    missing_before = reached - ordered < _goal(reached, ordered, gamma, runs)
     return torch.zeros_like(missing_before).scatter_(-1, order, missing_before)
+
+
+def _goal(reached: Tensor, ordered: Tensor, gamma: float, runs: Runs | None) -> Tensor:
+    """Return where the running sum has ``gamma`` of its run."""
+    if runs is None:
+        return gamma * reached[..., -1:]
+    first, last = runs.first.expand_as(reached), runs.last.expand_as(reached)
+    before = reached.gather(-1, first) - ordered.gather(-1, first)
+    return before + gamma * (reached.gather(-1, last) - before)
 
 
 def apply_budget(selected: Tensor, score: Tensor, causal: Tensor, min_blocks: int, max_blocks: int | None) -> Tensor:
@@ -44,13 +60,17 @@ def apply_budget(selected: Tensor, score: Tensor, causal: Tensor, min_blocks: in
     num_blocks = causal.shape[-1]
     always = torch.eye(num_blocks, dtype=torch.bool, device=causal.device)
     always[:, 0] = True
-    optional = causal & ~always
+    return bound_rows(selected, score, causal & ~always, min_blocks, max_blocks) | always
+
+
+def bound_rows(selected: Tensor, score: Tensor, optional: Tensor, min_blocks: int, max_blocks: int | None) -> Tensor:
+    """Bring what each row selects of its ``optional`` blocks between two numbers, as in ``apply_budget``."""
     selected = selected & optional
     if min_blocks > 0:
         selected = selected | _best_in_row(score, optional, min_blocks)
     if max_blocks is not None:
         selected = _best_in_row(score, selected, max_blocks)
-    return selected | always
+    return selected
 
 
 def _best_in_row(score: Tensor, candidates: Tensor, count: int) -> Tensor:

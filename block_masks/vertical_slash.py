@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flexprefill_compile.block_masks.representative import RepresentativeAttention
+from flexprefill_compile.block_masks.runs import Runs
 from flexprefill_compile.block_masks.select import select_cumulative
 
 
@@ -20,6 +21,32 @@ def select_vertical_slash(attention: RepresentativeAttention, gamma: float) -> t
     columns = select_cumulative(attention.columns, gamma).unsqueeze(-2)
     diagonals = spread_diagonals(select_cumulative(attention.diagonals, gamma))
     score = torch.maximum(attention.columns.unsqueeze(-2), spread_diagonals(attention.diagonals))
+    return columns | diagonals, score
+
+
+def select_masked_vertical_slash(
+    attention: RepresentativeAttention, slots: Tensor, gamma: float, runs: Runs | None
+) -> tuple[Tensor, Tensor]:
+    """Select the same of each sequence under a mask.
+
+    Args:
+        attention: Columns (B, H, num_k_blocks) and diagonals (B, H, num_slots).
+        slots: (B|1, num_q_blocks, num_k_blocks) int64, which entry of the diagonals is a block's.
+        gamma: Share to reach.
+        runs: The blocks, and so the slots, of each packed sequence; None is one sequence a row of the batch.
+
+    Returns:
+        As ``select_vertical_slash``, (B, H, num_q_blocks, num_k_blocks); entries off the mask mean nothing.
+    """
+
+    def spread(diagonals: Tensor) -> Tensor:
+        shape = (*diagonals.shape[:2], *slots.shape[-2:])
+        rows = diagonals.unsqueeze(-2).expand(*shape[:3], -1)
+        return rows.gather(-1, slots.unsqueeze(1).expand(shape))
+
+    columns = select_cumulative(attention.columns, gamma, runs).unsqueeze(-2)
+    diagonals = spread(select_cumulative(attention.diagonals, gamma, runs))
+    score = torch.maximum(attention.columns.unsqueeze(-2), spread(attention.diagonals))
     return columns | diagonals, score
 
 

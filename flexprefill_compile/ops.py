@@ -1,21 +1,33 @@
 """The custom ops that appear in a rewritten graph: their schemas and fakes. Torch only, registered at import.
 
-The kernels are registered by ``block_masks/prefill.py`` and, for the CPU's ``realize``, here.
+The kernels are registered by ``block_masks/prefill.py`` and ``block_masks/masked_prefill.py`` and, for the CPU's
+``realize``, here.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 NAMESPACE = "flexprefill"
 SELECT_BLOCKS = f"{NAMESPACE}::select_blocks"
+SELECT_MASKED_BLOCKS = f"{NAMESPACE}::select_masked_blocks"
 REALIZE = f"{NAMESPACE}::realize"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 _library.define(
     "select_blocks(Tensor query, Tensor key, Tensor? value, float scale, float gamma, float tau, int min_budget, "
+    "int? max_budget, int block_size, str estimator) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    # From ``certain`` to ``block_offset`` the fields of ``block_masks.mask_facts.MaskFacts``.
+    "select_masked_blocks(Tensor query, Tensor key, Tensor? value, Tensor certain, Tensor possible, Tensor required, "
+    "Tensor rows, Tensor row_mask, Tensor key_counts, Tensor query_counts, Tensor first_block, Tensor last_block, "
+    "Tensor block_offset, Tensor? score_bias, float scale, float? softcap, float gamma, float tau, int min_budget, "
     "int? max_budget, int block_size, str estimator) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -34,10 +46,19 @@ def _fake_select_blocks(
     block_size: int,
     estimator: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, heads, length, _ = query.shape
-    num_blocks = (length + block_size - 1) // block_size
-    counts = (batch, heads, num_blocks)
-    indices = (batch, heads, num_blocks, num_blocks)
+    num_blocks = (query.shape[2] + block_size - 1) // block_size
+    return _empty_tables(query, num_blocks, num_blocks)
+
+
+def _fake_select_masked_blocks(
+    query: Tensor, key: Tensor, value: Tensor | None, certain: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_tables(query, *certain.shape[-2:])
+
+
+def _empty_tables(query: Tensor, num_q_blocks: int, num_k_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    counts = (*query.shape[:2], num_q_blocks)
+    indices = (*counts, num_k_blocks)
     return (
         query.new_empty(counts, dtype=torch.int32),
         query.new_empty(indices, dtype=torch.int32),
@@ -55,5 +76,6 @@ def _realize(x: Tensor) -> Tensor:
 
 
 torch.library.register_fake(SELECT_BLOCKS, _fake_select_blocks, lib=_library)
+torch.library.register_fake(SELECT_MASKED_BLOCKS, _fake_select_masked_blocks, lib=_library)
 torch.library.register_fake(REALIZE, _fake_realize, lib=_library)
 torch.library.impl(REALIZE, "CPU", _realize, lib=_library)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+aten = torch.ops.aten
+SYNCING_OPS = {aten._local_scalar_dense, aten.item, aten.nonzero, aten.masked_select, aten._unique2, aten.equal}
 STRUCTURES = ("sink", "stripes", "diagonal", "window", "topics")
 NUM_TOPICS = 4
 CODES = slice(2 + NUM_TOPICS + 4, None)  # the features left for position codes
@@ -105,3 +110,31 @@ def covered_share(weights: Tensor, selected: Tensor, block_size: int) -> Tensor:
     num_rows, length = weights.shape[-2:]
     tokens = selected.repeat_interleave(block_size, dim=-2).repeat_interleave(block_size, dim=-1)
     return (weights * tokens[..., length - num_rows : length, :length]).sum((-2, -1)) / num_rows
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the ops that run and refuses those that make the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in SYNCING_OPS, f"{func} waits for the device"
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class RecordSizes(TorchDispatchMode):
+    """Records the largest tensor that any op returns, in elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import covered_share, random_qk, representative_weights, structured_qk
+from inputs import RecordSizes, covered_share, random_qk, representative_weights, structured_qk
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexprefill_compile.block_masks import create_prefill_block_mask
 from flexprefill_compile.block_masks.prefill import select_prefill_blocks
@@ -262,21 +260,6 @@ def test_large_finite_values_are_no_reason_for_every_block(dtype: torch.dtype) -
     query, key = random_qk(0, 1, 2, 1, 200, 16, dtype=dtype)
     clean = select_with_op(query, key, torch.zeros_like(key))
     assert torch.equal(select_with_op(query, key, torch.full_like(key, torch.finfo(dtype).max)), clean)
-
-
-class RecordSizes(TorchDispatchMode):
-    """Records the largest tensor that any op returns, in elements."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("tau", [0.0, 1.0])

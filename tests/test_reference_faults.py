@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import collections
 import math
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import covered_share, qk_of_scores, random_qk, representative_weights, structured_qk
+from inputs import CountOps, covered_share, qk_of_scores, random_qk, representative_weights, structured_qk
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexprefill_compile.block_masks.layout import count_blocks
 from flexprefill_compile.block_masks.patterns import compute_js_distance, is_query_aware
@@ -22,22 +20,6 @@ from flexprefill_compile.block_masks.reference import select_head
 from flexprefill_compile.block_masks.representative import compute_representative_attention
 from flexprefill_compile.block_masks.select import select_cumulative
 from flexprefill_compile.config import SparsePrefillConfig
-
-aten = torch.ops.aten
-SYNCING_OPS = {aten._local_scalar_dense, aten.item, aten.nonzero, aten.masked_select, aten._unique2, aten.equal}
-
-
-class CountOps(TorchDispatchMode):
-    """Counts the ops that run and refuses those that make the host wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: collections.Counter[str] = collections.Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket not in SYNCING_OPS, f"{func} waits for the device"
-        self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def vertical_slash(gamma: float, *, block_size: int = 32, min_budget: int = 0) -> SparsePrefillConfig:
