@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 from torch._guards import tracing
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
@@ -47,6 +48,7 @@ __all__ = [
     "share_storage",
     "statically_known_true",
     "uncompiled_call",
+    "written_arguments",
 ]
 
 
@@ -81,9 +83,26 @@ FUSED_ATTENTION = frozenset(
 )
 
 
+def written_arguments(target: OpOverload | OpOverloadPacket) -> set[tuple[int, str]]:
+    """Return the positions and names of the arguments that an op changes in place, by any of its overloads."""
+    overloads = [target] if isinstance(target, OpOverload) else [getattr(target, name) for name in target.overloads()]
+    return {
+        (position, argument.name)
+        for overload in overloads
+        for position, argument in enumerate(overload._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    }
+
+
 def share_storage(a: Tensor, b: Tensor) -> bool:
     """Tell whether two tensors of a dynamo graph are views of one piece of memory."""
-    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+    return _storage_of(a) == _storage_of(b)
+
+
+def _storage_of(tensor: Tensor) -> int:
+    while is_functorch_wrapped_tensor(tensor):  # inside a vmap, such as FlexAttention's block masks are made in
+        tensor = get_unwrapped(tensor)
+    return int(tensor.untyped_storage()._cdata)
 
 
 def inductor_option_names() -> frozenset[str]:

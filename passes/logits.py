@@ -22,13 +22,14 @@ from flexprefill_compile.passes.operations import (
     TRANSPOSITIONS,
     VIEWS,
     argument,
+    first_input,
+    is_last_dimension,
     operation,
     product_operands,
 )
 
-STEPS = ELEMENTWISE | VIEWS | CASTS
-# Through these the scores may still be recognised as such, though not understood.
-LOOSE_STEPS = STEPS | DROPOUT | EXPANSIONS | TRANSPOSITIONS | REARRANGEMENTS
+# Through these the scores may be recognised as such, though not understood.
+LOOSE_STEPS = ELEMENTWISE | VIEWS | CASTS | DROPOUT | EXPANSIONS | TRANSPOSITIONS | REARRANGEMENTS
 MATRICES = 3  # dimensions of a batch of matrices
 
 
@@ -47,28 +48,54 @@ class LogitsTrace(NamedTuple):
 
 
 def trace_logits(logits: Node) -> LogitsTrace:
-    """Find the products that logits depend on through STEPS alone."""
+    """Find the products that logits depend on through elementwise operations, casts and views alone."""
     products, others, seen, pending = [], [], {logits}, [logits]
     while pending:
         node = pending.pop()
+        sources = _step_inputs(node)
         if is_product(node):
             products.append(node)
-            sources = [argument(node, 0, "input", "self")] if operation(node) == "baddbmm" else []
-        elif operation(node) in STEPS:
-            sources = node.all_input_nodes
-        else:
+        elif not sources:
             others.append(node)
-            sources = []
-        new = [source for source in sources if isinstance(source, Node) and source not in seen]
+        new = [source for source in sources if source not in seen]
         seen.update(new)
         pending.extend(new)
 
-    steps = dict.fromkeys(products)
+    steps = set(products)
     for node in logits.graph.nodes:
-        if node in seen and node not in others and any(source in steps for source in node.all_input_nodes):
-            steps[node] = None
-    order = [node for node in logits.graph.nodes if node in steps]
-    return LogitsTrace(products, order, others)
+        if node in seen and not steps.isdisjoint(_step_inputs(node)):
+            steps.add(node)
+    return LogitsTrace(products, [node for node in logits.graph.nodes if node in steps], others)
+
+
+def _step_inputs(node: Node) -> list[Node]:
+    """Return the tensors that a step takes, or the bias of a product; none for what is no step."""
+    name = operation(node)
+    if name == "baddbmm" and is_product(node):
+        bias = argument(node, 0, "input", "self")
+        return [bias] if isinstance(bias, Node) else []
+    if name in VIEWS | CASTS:  # beside it they may take a size, or another tensor's dtype
+        source = first_input(node)
+        return [source] if source is not None else []
+    is_larger_of_two = name in {"max", "min"} and isinstance(argument(node, 1, "other"), Node)
+    return node.all_input_nodes if name in ELEMENTWISE or is_larger_of_two else []
+
+
+def undo_row_shift(logits: Node) -> Node:
+    """Return what logits are before the maximum of each row is taken off, which changes no softmax."""
+    unshifted, shift = argument(logits, 0, "input", "self"), argument(logits, 1, "other")
+    is_difference = operation(logits) == "sub" and not {"alpha", "out"} & logits.kwargs.keys()
+    if not (is_difference and isinstance(unshifted, Node) and isinstance(shift, Node)):
+        return logits
+    largest = shift.args[0] if operation(shift) == "getitem" and shift.args[1] == 0 else shift  # of values and indices
+    is_row_maximum = (
+        isinstance(largest, Node)
+        and operation(largest) in {"max", "amax"}
+        and argument(largest, 0, "input", "self") is unshifted
+        and is_last_dimension(argument(largest, 1, "dim"), example_of(logits).dim())
+        and argument(largest, 2, "keepdim") is True
+    )
+    return unshifted if is_row_maximum else logits
 
 
 def is_product(node: Node) -> bool:

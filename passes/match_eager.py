@@ -10,8 +10,6 @@ Skipped.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -31,60 +29,30 @@ from flexprefill_compile.passes.check_site import (
     refuse_heads,
     refuse_tensors,
 )
-from flexprefill_compile.passes.logits import LogitsTrace, feeds_product, holds_product, is_product, trace_logits
+from flexprefill_compile.passes.eager_parts import Parts, WeightsTrace, read_parts
+from flexprefill_compile.passes.logits import (
+    LogitsTrace,
+    feeds_product,
+    holds_product,
+    undo_row_shift,
+)
 from flexprefill_compile.passes.operands import (
-    Operand,
     is_edited,
     merges_heads,
     share_key_heads,
     shares_memory,
-    split_heads,
-    transpose_back,
     undo_upcast,
 )
 from flexprefill_compile.passes.operations import (
-    CASTS,
     DROPOUT,
     SOFTMAX,
-    VIEWS,
     argument,
     edited_inputs,
     first_input,
-    live_users,
     operation,
-    product_operands,
 )
 from flexprefill_compile.passes.prefill_shapes import Refusal, refuse_lengths
 from flexprefill_compile.report import Skipped, SkipReason
-
-
-class WeightsTrace(NamedTuple):
-    """What becomes of attention weights.
-
-    Attributes:
-        products: Those of the weights with a value.
-        steps: The softmax, then the casts, views and dropout of its result.
-        others: What else uses any of these.
-    """
-
-    products: list[Node]
-    steps: list[Node]
-    others: list[Node]
-
-
-class Parts(NamedTuple):
-    """The nodes of an attention that is written out, as far as the form of it tells."""
-
-    query: Operand
-    key: Operand
-    value: Operand
-    logits: LogitsTrace
-    weights: WeightsTrace
-
-    @property
-    def output(self) -> Node:
-        """The product of the weights with the value."""
-        return self.weights.products[0]
 
 
 def is_softmax(node: Node) -> bool:
@@ -100,9 +68,11 @@ def match_eager(softmax: Node, config: SparsePrefillConfig) -> AttentionSite | S
         config: How short a prompt stays dense.
     """
     logits = first_input(softmax)
-    if logits is None or not isinstance(example_of(logits), Tensor) or not _is_attention(logits, softmax):
+    if logits is None or not isinstance(example_of(logits), Tensor):
         return None
-    parts = _read_parts(softmax, logits)
+    if not (feeds_product(softmax) and holds_product([logits])):
+        return None
+    parts = read_parts(softmax, undo_row_shift(logits))
     if isinstance(parts, str):
         reason, detail = refuse_decode(example_of(logits)) or (SkipReason.UNRECOGNISED, parts)
         return Skipped(name_of(softmax), describe_shapes(None, None), reason, detail)
@@ -140,45 +110,6 @@ def _describe(parts: Parts) -> AttentionSite:
         dtype=example_of(parts.output).dtype,
         shapes=describe_shapes(example_of(query), example_of(key)),
     )
-
-
-def _is_attention(logits: Node, softmax: Node) -> bool:
-    return feeds_product(softmax) and holds_product([logits])
-
-
-def _read_parts(softmax: Node, logits: Node) -> Parts | str:
-    """Take an attention apart, or return what about it is not understood."""
-    trace, weights = trace_logits(logits), _follow_weights(softmax)
-    if argument(softmax, 1, "dim") not in {-1, example_of(logits).dim() - 1}:
-        return "softmax over another dimension than the last"
-    if not weights.products:
-        return "weights that go through more than casts, views and dropout"
-    if len(trace.products) != 1 or holds_product(trace.others):
-        return "logits of more than one product and elementwise operations"
-    scores, output = trace.products[0], weights.products[0]
-    first, second = product_operands(scores)
-    operands = (
-        split_heads(Operand(first, scores)),
-        transpose_back(Operand(second, scores)),
-        split_heads(Operand(product_operands(output)[1], output)),
-    )
-    query, key, value = operands
-    if query is None or key is None or value is None:
-        return "query, key or value not known to be (B, H, S, D)"
-    return Parts(query, key, value, trace, weights)
-
-
-def _follow_weights(softmax: Node) -> WeightsTrace:
-    products, steps, others = [], [softmax], []
-    for node in steps:  # which grows meanwhile
-        for user in live_users(node):
-            if is_product(user) and product_operands(user)[0] is node and product_operands(user)[1] is not node:
-                products.append(user)
-            elif operation(user) in CASTS | VIEWS | DROPOUT and first_input(user) is node:
-                steps.append(user)
-            else:
-                others.append(user)
-    return WeightsTrace(products, steps, others)
 
 
 def _refuse_no_mask(logits: LogitsTrace) -> Refusal | None:

@@ -134,6 +134,8 @@ def swaps_last_dimensions(node: Node) -> bool:
     given = node.args[1:] or tuple(value for key, value in node.kwargs.items() if key not in {"input", "self"})
     dimensions = given[0] if len(given) == 1 and isinstance(given[0], tuple | list) else given
     rank = len(Operand(node, node).shape)
+    if rank < 2:
+        return False
     order = [dimension % rank for dimension in dimensions if isinstance(dimension, int)]
     if name == "permute":
         return order == [*range(rank - 2), rank - 1, rank - 2]

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 from torch.nn import functional as F
 
-from flexprefill_compile.torch_internals import OpOverload, OpOverloadPacket
+from flexprefill_compile.torch_internals import OpOverload, OpOverloadPacket, written_arguments
 
 
 def _names(text: str) -> frozenset[str]:
@@ -38,7 +38,7 @@ ELEMENTWISE = _names("""
 # They move elements about, or join tensors, so that the result still holds what went in.
 REARRANGEMENTS = _names("""
     getitem gather take_along_dim index_select select narrow cat concat stack pad roll flip split chunk unbind tril
-    triu repeat_interleave max amax einsum
+    triu repeat_interleave max min amax einsum
 """)
 # They read a tensor's sizes and not its elements.
 METADATA = _names("size dim shape ndim numel sym_size")
@@ -87,9 +87,19 @@ def product_operands(product: Node) -> tuple[Any, Any]:
     return argument(product, 0, "input", "self"), argument(product, 1, "other", "mat2", "tensor2")
 
 
+def is_last_dimension(dimension: Any, rank: int) -> bool:
+    """Tell whether a ``dim`` argument, one number or a list of one, is the last of ``rank`` dimensions."""
+    if isinstance(dimension, list | tuple) and len(dimension) == 1:
+        (dimension,) = dimension
+    return isinstance(dimension, int) and dimension in {-1, rank - 1}
+
+
 def edited_inputs(node: Node) -> list[Node]:
     """Return the tensors that a node changes in place."""
-    edited = [argument(node, 0, "input", "self")] if _edits_in_place(node) else []
+    if isinstance(node.target, OpOverload | OpOverloadPacket):
+        edited = [argument(node, position, name) for position, name in written_arguments(node.target)]
+    else:
+        edited = [argument(node, 0, "input", "self")] if _edits_in_place(node) else []
     return [tensor for tensor in (*edited, node.kwargs.get("out")) if isinstance(tensor, Node)]
 
 
@@ -106,8 +116,6 @@ def _is_live(node: Node, depth: int = 8) -> bool:
 
 
 def _edits_in_place(node: Node) -> bool:
-    if isinstance(node.target, OpOverload):
-        return bool(node.target._schema.is_mutable)
     if node.kwargs.get("inplace") is True:
         return True
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")

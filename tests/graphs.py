@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 
 from flexprefill_compile.config import SparsePrefillConfig
+from flexprefill_compile.passes.attention_site import AttentionSite
 from flexprefill_compile.passes.base import graph_modules
+from flexprefill_compile.passes.match_attention import match_attention
 from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass
-from flexprefill_compile.report import Site
+from flexprefill_compile.report import Site, Skipped
 
 Result = TypeVar("Result")
 CONFIG = SparsePrefillConfig(block_size=32, min_budget=0, min_length=32)
@@ -58,3 +60,26 @@ def targets(graph_module: GraphModule) -> list[Any]:
     """Return what is called in a graph and its child graphs."""
     nodes = (node for module in graph_modules(graph_module) for node in module.graph.nodes)
     return [node.target for node in nodes if node.op == "call_function"]
+
+
+def match_graphs(
+    call: Callable[..., Any], *inputs: Any, dynamic: bool | None = None, **kwargs: Any
+) -> tuple[list[AttentionSite | Skipped], dict[Node, Any]]:
+    """Return what every attention of a call is matched as, and the value of each node of its graphs when it ran."""
+    matches: list[AttentionSite | Skipped] = []
+    values: dict[Node, Any] = {}
+
+    class Recorder(Interpreter):
+        def run_node(self, node: Node) -> Any:
+            value = super().run_node(node)
+            values[node] = value.clone() if isinstance(value, torch.Tensor) else value  # it may be edited later
+            return value
+
+    def backend(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        nodes = (node for module in graph_modules(graph_module) for node in module.graph.nodes)
+        matches.extend(match for node in nodes if (match := match_attention(node, CONFIG.min_length)) is not None)
+        return Recorder(graph_module).run
+
+    torch._dynamo.reset()
+    torch.compile(call, backend=backend, dynamic=dynamic)(*inputs, **kwargs)
+    return matches, values

@@ -81,7 +81,9 @@ def test_a_tensor_subclass_stays_dense() -> None:
 def test_every_reason_but_a_failed_lowering_is_covered_here() -> None:
     (mark,) = test_each_reason_to_stay_dense.pytestmark
     covered = {reason for reason, _, _ in mark.args[1]}
-    assert covered | {SkipReason.TENSOR_SUBCLASS, SkipReason.LOWERING_FAILED} == set(SkipReason)
+    elsewhere = {SkipReason.TENSOR_SUBCLASS, SkipReason.LOWERING_FAILED}
+    of_other_forms = {SkipReason.UNRECOGNISED, SkipReason.WEIGHTS_USED, SkipReason.FUSED}  # test_match_forms.py
+    assert covered | elsewhere | of_other_forms == set(SkipReason)
 
 
 @pytest.mark.parametrize(("kv_heads", "enable_gqa", "rewritten"), [(2, True, True), (1, True, True), (1, False, True)])
@@ -160,9 +162,9 @@ def test_lengths_of_different_symbols_are_guarded_equal() -> None:
 def test_a_length_that_depends_on_data_stays_dense_without_a_guard() -> None:
     shape_env = ShapeEnv()
     length = shape_env.create_unbacked_symint()
-    assert refuse_lengths(length, length, min_length=32) == (SkipReason.TOO_SHORT, f"{length} < 32")
+    assert refuse_lengths(length, length, min_length=32, is_causal=True) == (SkipReason.TOO_SHORT, f"{length} < 32")
     other = shape_env.create_unbacked_symint()
-    assert refuse_lengths(length, other, min_length=32) == (
+    assert refuse_lengths(length, other, min_length=32, is_causal=True) == (
         SkipReason.LENGTHS_DIFFER,
         f"{length} queries, {other} keys",
     )
@@ -173,5 +175,5 @@ def test_lengths_that_are_known_add_no_guard() -> None:
     shape_env = ShapeEnv()
     length = shape_env.create_unbacked_symint()
     torch._check(length >= 32)
-    assert refuse_lengths(length, length, min_length=32) is None
+    assert refuse_lengths(length, length, min_length=32, is_causal=True) is None
     assert not shape_env.guards
