@@ -103,6 +103,23 @@ def create_causal_grid(num_blocks: int, device: torch.device) -> Tensor:
     return torch.ones(num_blocks, num_blocks, dtype=torch.bool, device=device).tril()
 
 
+def unpack_blocks(num_blocks: Tensor, indices: Tensor, num_k_blocks: int) -> Tensor:
+    """Undo the packing of one kind of blocks.
+
+    Args:
+        num_blocks: (B, H, num_q_blocks) int, how many blocks of each row are listed.
+        indices: (B, H, num_q_blocks, width) int, those blocks first.
+        num_k_blocks: Of the grid.
+
+    Returns:
+        (B, H, num_q_blocks, num_k_blocks) bool.
+    """
+    is_listed = torch.arange(indices.shape[-1], device=indices.device) < num_blocks.unsqueeze(-1)
+    columns = torch.where(is_listed, indices, num_k_blocks).long()
+    grid = torch.zeros(*num_blocks.shape, num_k_blocks + 1, dtype=torch.bool, device=indices.device)
+    return grid.scatter(-1, columns, True)[..., :num_k_blocks]
+
+
 def pack_causal_blocks(selected: Tensor) -> BlockTables:
     """Pack a causal selection, split into the masked diagonal and the full blocks below it.
 

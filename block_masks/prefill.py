@@ -50,16 +50,16 @@ def create_prefill_block_mask(
     check_query_and_key(query, key)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     selected = select_prefill_blocks(query, key, None, scale, config)
-    return create_block_mask(pack_causal_blocks(selected), query.shape[-2], config.block_size)
+    return create_block_mask(pack_causal_blocks(selected), *(query.shape[-2],) * 2, config.block_size)
 
 
-def create_block_mask(tables: BlockTables, length: int, block_size: int) -> BlockMask:
-    """Wrap packed tables as the BlockMask of a causal prefill of ``length`` tokens."""
+def create_block_mask(tables: BlockTables, query_length: int, key_length: int, block_size: int) -> BlockMask:
+    """Wrap packed tables as a BlockMask, that of a causal prefill as far as its mask_mod goes."""
     return BlockMask.from_kv_blocks(
         *tables,
         BLOCK_SIZE=block_size,
         mask_mod=causal_mask,
-        seq_lengths=(length, length),
+        seq_lengths=(query_length, key_length),
         compute_q_blocks=False,
     )
 

@@ -219,14 +219,21 @@ class Lifter:
             return first
         if target is aten.where.self and isinstance(first, bool):
             return arguments[1] if first else arguments[2]  # type: ignore[no-any-return]
+        if packet in (aten.bitwise_not, aten.logical_not) and isinstance(first, Node):
+            return self._negate(first) if packet is aten.logical_not or is_negation(first) else None
         return None
+
+    def _negate(self, condition: Node) -> Node:
+        if is_negation(condition):
+            return condition.args[0]  # type: ignore[return-value]
+        return self._call(aten.logical_not.default, [condition], {})
 
     def _choose(self, condition: Node, if_true: Element, if_false: Element, dtype: torch.dtype) -> Element:
         """Return what takes one of two constants; a condition itself, where they are booleans."""
         if if_true == if_false:
             return if_true
         if dtype == torch.bool:
-            return condition if if_true else self._call(aten.logical_not.default, [condition], {})
+            return condition if if_true else self._negate(condition)
         choice = self._call(aten.where.self, [condition, self._constant(if_true, dtype), self._constant(if_false, dtype)], {})
         self.choices[choice] = (condition, if_true, if_false)
         return choice
@@ -243,11 +250,12 @@ class Lifter:
             if not isinstance(arguments[0], Node):
                 overloads, arguments = _COMPARISONS[overloads], arguments[::-1]
             target = overloads.Scalar
-        elif target in _TENSOR_FIRST or target is aten.where.self:
-            keep = 1 if target in _TENSOR_FIRST else 0
+        else:
             arguments = [
-                self._constant(a, _dtype_of(a)) if not isinstance(a, Node) and (keep == 0 or i < keep) else a
-                for i, a in enumerate(arguments)
+                self._constant(a, _dtype_of(a))
+                if isinstance(a, bool | int | float) and _takes_tensor(target, position)
+                else a
+                for position, a in enumerate(arguments)
             ]
         node = self.graph.call_function(target, tuple(arguments), keywords)
         flat = [x for a in arguments for x in (a if isinstance(a, list | tuple) else [a])]
@@ -363,6 +371,17 @@ _COMPARISONS = {
 }
 # Overloads that take a number in place of any tensor but the first.
 _TENSOR_FIRST = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor})
+
+
+def is_negation(condition: Node) -> bool:
+    """Tell whether a condition is ``not`` another one."""
+    return condition.target in (aten.logical_not.default, aten.bitwise_not.default)
+
+
+def _takes_tensor(target: Any, position: int) -> bool:
+    if target in _TENSOR_FIRST:
+        return position == 0
+    return isinstance(target._schema.arguments[position].type, torch.TensorType)
 
 
 def _broadcast(indices: Indices, operand: Tensor, result: Tensor) -> Indices:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from flexprefill_compile.block_masks.intervals import BlockBounds, classify_blocks
 from flexprefill_compile.block_masks.layout import AttentionSizes, count_blocks, unpack_blocks
@@ -117,8 +117,7 @@ class MaskSharing:
         """Return the nodes of a function's captures, as they are when the mask is built."""
         missing = [c for c in function.captures if self._identify(c, traced) not in self._captures]
         if missing:
-            last_leaf = max(traced.leaves, key=list(self.graph.nodes).index)
-            with self.graph.inserting_before(_first_after_inputs(last_leaf)):
+            with self.graph.inserting_before(_first_after(traced.leaves, self.graph)):
                 nodes = self._insert_captures(missing, traced)
             self._captures |= {self._identify(c, traced): n for c, n in zip(missing, nodes, strict=True)}
         return tuple(self._captures[self._identify(c, traced)] for c in function.captures)
@@ -249,12 +248,14 @@ def _print_computation(node: Node, leaf_of: dict[Node, Node]) -> tuple[str, ...]
     return tuple(lines)
 
 
-def _first_after_inputs(node: Node) -> Node:
-    """Return the first node after ``node`` that is no input: inputs come first in a graph."""
-    node = node.next
-    while node.op in ("placeholder", "get_attr"):
-        node = node.next
-    return node
+def _first_after(leaves: tuple[Node, ...], graph: Graph) -> Node:
+    """Return the first node after all of ``leaves`` and after the inputs, which come first in a graph."""
+    remaining = set(leaves)
+    for node in graph.nodes:
+        if not remaining and node.op not in ("placeholder", "get_attr"):
+            return node
+        remaining.discard(node)
+    raise ValueError("the leaves are not in the graph")
 
 
 class _IndexUse:

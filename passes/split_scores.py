@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from flexprefill_compile.passes.lift_mask import INDEX_NAMES, Capture, Element, LiftedElement, NotLiftableError
+from flexprefill_compile.passes.lift_mask import (
+    INDEX_NAMES,
+    Capture,
+    Element,
+    LiftedElement,
+    NotLiftableError,
+    is_negation,
+)
 
 aten = torch.ops.aten
 
@@ -89,33 +96,42 @@ class _Splitter:
 
     def split_score(self, element: Element) -> tuple[float, float | None]:
         """Collect masks and addends; return scale and softcap."""
-        while isinstance(element, Node) and element is not self.score:
-            inner = self._peel(element)
-            if inner is None:
-                break
-            element = inner
-        factor, element = self._split_factor(element)
+        factor, element = self._split_chain(element)
         if element is self.score:
             return factor, None
         if isinstance(element, Node) and element.target is aten.tanh.default:
-            inner_factor, element = self._split_factor(element.args[0])
-            if element is self.score:
+            num_addends = len(self.masks) + len(self.addends)
+            inner_factor, inner = self._split_chain(element.args[0])  # type: ignore[arg-type]
+            if inner is self.score and len(self.masks) + len(self.addends) == num_addends:
                 return factor * inner_factor, factor
         raise NotLiftableError("the scores go through more than scale, softcap, bias and mask")
 
-    def _peel(self, node: Node) -> Element | None:
-        """Take off the outermost mask, addend or cast; return what is inside, or None."""
+    def _split_chain(self, element: Element) -> tuple[float, Element]:
+        """Take off masks, addends, casts and factors; return the product of the factors and what is left."""
+        factor = 1.0
+        while isinstance(element, Node) and element is not self.score:
+            own_factor, inner = self._split_factor(element)
+            if inner is element:
+                inner = self._peel(element, factor)
+            if inner is None:
+                break
+            factor, element = factor * own_factor, inner
+        return factor, element
+
+    def _peel(self, node: Node, factor: float) -> Element | None:
+        """Take off the outermost mask, addend or cast, which ``factor`` scales; return what is inside, or None."""
         if node.target is aten._to_copy.default:
             return node.args[0]  # type: ignore[return-value]
-        if node.target is aten.where.self:
+        if node.target is aten.where.self and factor > 0:
             return self._split_where(node)
         if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
             first, second = node.args
+            sign = 1.0 if node.target is aten.add.Tensor else -1.0
             if self._has_score(first):
-                self.split_addend(second if node.target is aten.add.Tensor else self._negate(second))  # type: ignore[arg-type]
+                self.split_addend(self._scale(second, sign * factor))
                 return first  # type: ignore[return-value]
-            if self._has_score(second) and node.target is aten.add.Tensor:
-                self.split_addend(first)  # type: ignore[arg-type]
+            if self._has_score(second) and sign == 1:
+                self.split_addend(self._scale(first, factor))
                 return second  # type: ignore[return-value]
         return None
 
@@ -126,27 +142,21 @@ class _Splitter:
             self.masks.append(condition)  # type: ignore[arg-type]
             return self._value_of(if_true)
         if self._is_lowest(if_true):
-            self.masks.append(self.graph.call_function(aten.logical_not.default, (condition,)))
+            self.masks.append(self._negate(condition))
             return self._value_of(if_false)
         return None
 
-    def _split_factor(self, element: Any) -> tuple[float, Any]:
-        factor = 1.0
-        while isinstance(element, Node):
-            if element.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
-                first, second = map(self._value_of, element.args)
-                is_product = element.target in (aten.mul.Tensor, aten.mul.Scalar)
-                if is_product and isinstance(first, int | float):
-                    first, second = second, first
-                if not isinstance(second, int | float):
-                    break
-                factor = factor * second if is_product else factor / second
-                element = first
-            elif element.target is aten._to_copy.default:
-                element = element.args[0]
-            else:
-                break
-        return factor, element
+    def _split_factor(self, node: Node) -> tuple[float, Any]:
+        """Return c and x of c * x or x / (1 / c), or 1 and the node itself."""
+        if node.target not in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
+            return 1.0, node
+        first, second = map(self._value_of, node.args)
+        is_product = node.target in (aten.mul.Tensor, aten.mul.Scalar)
+        if is_product and isinstance(first, int | float):
+            first, second = second, first
+        if not isinstance(second, int | float) or not isinstance(first, Node):
+            return 1.0, node
+        return (float(second) if is_product else 1 / second), first
 
     # What is added to the score
 
@@ -195,9 +205,14 @@ class _Splitter:
     def _has_score(self, element: Any) -> bool:
         return isinstance(element, Node) and self.score in _ancestors(element)
 
-    def _negate(self, element: Any) -> Element:
+    def _scale(self, element: Any, factor: float) -> Any:
         value = self._value_of(element)
-        return self.graph.call_function(aten.neg.default, (element,)) if isinstance(value, Node) else -value  # type: ignore[no-any-return]
+        if not isinstance(value, Node):
+            return value * factor
+        return value if factor == 1 else self.graph.call_function(aten.mul.Tensor, (value, factor))
+
+    def _negate(self, condition: Any) -> Node:
+        return condition.args[0] if is_negation(condition) else self.graph.call_function(aten.logical_not.default, (condition,))
 
     def _combine(self, target: Any, nodes: list[Node]) -> Node | None:
         combined = None

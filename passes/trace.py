@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
+from torch import SymFloat, SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from flexprefill_compile.passes.attention_site import example_of
@@ -71,8 +71,8 @@ def trace_value(value: Node, product: Node | None = None) -> TracedValue:
     copies: dict[Node, Any] = {}
     leaves: list[Node] = []
     for node in ancestors:
-        if isinstance(example_of(node), int):
-            copies[node] = example_of(node)
+        if _is_number(node):
+            copies[node] = _number_of(node)
         elif is_leaf(node):
             leaves.append(node)
             copies[node] = copied.placeholder(f"leaf_{len(leaves)}")
@@ -89,10 +89,26 @@ def trace_value(value: Node, product: Node | None = None) -> TracedValue:
     return TracedValue(traced.graph, tuple(leaves), tuple(ancestors), constants, placeholders.get(product))
 
 
+def _is_number(node: Node) -> bool:
+    return isinstance(example_of(node), int | float | SymFloat)
+
+
+def _number_of(node: Node) -> int | float:
+    """Return the constant that a node stands for; float() pins a symbolic one, as dynamo does with an SDPA's scale."""
+    example = example_of(node)
+    return float(example) if isinstance(example, SymFloat) else example  # type: ignore[no-any-return]
+
+
+def _addend_of(baddbmm: Node) -> list[Node]:
+    """Return what goes into a baddbmm beside its two factors."""
+    inputs = (argument(baddbmm, 0, "input", "self"), baddbmm.kwargs.get("beta"), baddbmm.kwargs.get("alpha"))
+    return [x for x in inputs if isinstance(x, Node)]
+
+
 def _copy_baddbmm(graph: Graph, node: Node, product: Node, copies: dict[Node, Any]) -> Node:
     """Write a baddbmm as a sum: beta * input + alpha * product."""
     addend = copies[argument(node, 0, "input", "self")]
-    beta, alpha = (node.kwargs.get(name, 1) for name in ("beta", "alpha"))
+    beta, alpha = (copies.get(factor, factor) for factor in (node.kwargs.get(name, 1) for name in ("beta", "alpha")))
     scaled = [graph.call_function(torch.mul, (x, factor)) for x, factor in ((product, alpha), (addend, beta))]
     return graph.call_function(torch.add, tuple(scaled))
 
@@ -104,9 +120,8 @@ def _find_ancestors(value: Node, is_leaf: Callable[[Node], bool], product: Node 
         node = waiting.pop()
         if node not in found:
             found.add(node)
-            if not is_leaf(node) and not isinstance(example_of(node), int):
-                inputs = [argument(node, 0, "input", "self")] if node is product else node.all_input_nodes
-                waiting.extend(inputs)
+            if not is_leaf(node) and not _is_number(node):
+                waiting.extend(_addend_of(node) if node is product else node.all_input_nodes)
     return [node for node in value.graph.nodes if node in found]
 
 
