@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from masks import Mask, classify_by_pairs, materialise, trace_mask
 from torch import Tensor
@@ -104,6 +104,7 @@ def assert_exact(bounds: BlockBounds, expected: BlockBounds) -> None:
 
 
 @settings(deadline=None, max_examples=150)
+@example(case=draw_case(3, 1, 1, 1, 1), block_size=2, names=["left", "window", "right"], count=3)
 @given(case=cases, block_size=block_sizes, names=st.permutations(list(TERMS)), count=st.integers(1, 4))
 def test_conjunctions_are_exact(case: Case, block_size: int, names: list[str], count: int) -> None:
     mask = conjunction(case, names[:count])
