@@ -93,7 +93,9 @@ def _extremes(op: Op, *operands: Interval, **keywords: Any) -> Interval:
     if not overflows:
         return interval
     anything = hold_everything(interval.lower.dtype, interval.lower.device)
-    return Interval(*(torch.where(reduce(torch.logical_or, overflows), *x) for x in zip(anything, interval, strict=True)))
+    return Interval(
+        *(torch.where(reduce(torch.logical_or, overflows), *x) for x in zip(anything, interval, strict=True))
+    )
 
 
 def _corners(x: Interval) -> list[Any]:
@@ -127,11 +129,11 @@ def _is_positive(x: Interval) -> bool:
     return isinstance(x.lower, (int, float)) and x.lower > 0
 
 
-_OPPOSITES = {aten.lt: aten.ge, aten.le: aten.gt, aten.gt: aten.le, aten.ge: aten.lt}
+_OPPOSITES: dict[Any, Any] = {aten.lt: aten.ge, aten.le: aten.gt, aten.gt: aten.le, aten.ge: aten.lt}
 
 
 def _compare(op: Op, left: Interval, right: Interval) -> Interval:
-    packet = getattr(op, "overloadpacket", op)
+    packet: Any = getattr(op, "overloadpacket", op)
     worst, best = (left.upper, right.lower), (left.lower, right.upper)
     if packet in (aten.gt, aten.ge):
         worst, best = (left.lower, right.upper), (left.upper, right.lower)

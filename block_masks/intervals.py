@@ -10,6 +10,7 @@ meet sees, of each operand, the least and the greatest value in each block, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -91,12 +92,12 @@ class _BlockInterpreter(Interpreter):
     def __init__(self, mask_mod: GraphModule) -> None:
         super().__init__(mask_mod, garbage_collect_values=False)
         self.pairwise = _find_pairwise(mask_mod.graph)
-        self.valid: dict[int, Tensor] = {}  # per axis: the tokens that aren't masked altogether
+        self.valid: dict[int | None, Tensor] = {}  # per axis: the tokens that aren't masked altogether
 
     def classify(self, *arguments: Any) -> Interval:
         """Return the mask's three-valued result, (B, H, num_q_blocks, num_k_blocks, 1, 1), any of them 1."""
         self.args_iter = iter(arguments)
-        *nodes, output = self.module.graph.nodes
+        *nodes, output = self.graph.nodes
         result = cast("Node", output.args[0])
         for node in nodes:
             if node not in self.pairwise:
@@ -150,12 +151,24 @@ class _BlockInterpreter(Interpreter):
         A padded key, say, can't be the one that causality would let through. Where a block has no token left, the
         intervals mean nothing, but then the term that ruled them out says that the block is empty.
         """
-        values = {term: self.env[term] for term in terms if term not in self.pairwise}
-        self.env.update({term: self.pool(value) for term, value in values.items()})
-        for value in values.values():
-            for axis in (QUERY_AXIS, KEY_AXIS):
-                if value.dtype == torch.bool and value.dim() and value.shape[axis] != 1:
-                    self.valid[axis] = self.valid[axis] & value if axis in self.valid else value
+        alone = [term for term in terms if term not in self.pairwise]
+        axes = {term: self._mask_axis(self.env[term]) for term in alone}
+        valid: dict[int | None, Tensor] = {
+            axis: reduce(torch.logical_and, [self.env[term] for term in alone if axes[term] == axis])
+            for axis in (QUERY_AXIS, KEY_AXIS)
+            if axis in axes.values()
+        }
+        # Of two terms on keys, both may leave tokens in a block, but no token in common: each stands for both.
+        self.env.update({term: self.pool(valid.get(axis, self.env[term])) for term, axis in axes.items()})
+        self.valid = valid
+
+    @staticmethod
+    def _mask_axis(value: Any) -> int | None:
+        """Return the axis of tokens along which a boolean masks."""
+        if not isinstance(value, Tensor) or value.dtype != torch.bool or value.dim() != 6:
+            return None
+        return next((axis for axis in (QUERY_AXIS, KEY_AXIS) if value.shape[axis] != 1), None)
+
 
 def _find_pairwise(graph: Graph) -> set[Node]:
     """Return the nodes that depend on query and key; none if a capture is indexed by pairs: then all is read so."""

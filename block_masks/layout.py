@@ -8,6 +8,15 @@ import torch
 from torch import Tensor
 
 
+class AttentionSizes(NamedTuple):
+    """The sizes of one attention call; ints, or SymInts where shapes are dynamic. Lengths are in tokens."""
+
+    batch: int
+    heads: int
+    query_length: int
+    key_length: int
+
+
 class BlockTables(NamedTuple):
     """The blocks to compute, as FlexAttention reads them: int32, columns in ascending order.
 
@@ -19,15 +28,6 @@ class BlockTables(NamedTuple):
     kv_indices: Tensor
     full_kv_num_blocks: Tensor
     full_kv_indices: Tensor
-
-
-class AttentionSizes(NamedTuple):
-    """The sizes of one attention call, ints or SymInts."""
-
-    batch: int
-    heads: int
-    query_length: int
-    key_length: int
 
 
 def count_blocks(length: int, block_size: int) -> int:
