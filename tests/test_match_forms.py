@@ -130,6 +130,10 @@ def edit_after_repeating(x: Tensor) -> Tensor:
 
 OTHER_REPETITIONS = {
     "heads in another order": (lambda x: x.repeat(1, 2, 1, 1), lambda x: x.repeat(1, 2, 1, 1)),
+    "heads in another order, expanded": (
+        lambda x: x[:, None].expand(-1, 2, -1, -1, -1).reshape(BATCH, HEADS, LENGTH, HEAD_DIM),
+    )
+    * 2,
     "tokens, not heads": (
         lambda x: x[:, :, : LENGTH // 2].repeat_interleave(2, dim=2).repeat(1, 2, 1, 1),
         lambda x: x[:, :, : LENGTH // 2].repeat_interleave(2, dim=2).repeat(1, 2, 1, 1),
@@ -139,6 +143,8 @@ OTHER_REPETITIONS = {
         lambda x: x[:, :, None].expand(-1, -1, 2, -1, -1).transpose(1, 2).reshape(BATCH, HEADS, LENGTH, HEAD_DIM),
     ),
     "the key alone": (repeat_kv, lambda x: repeat_kv(x) + 0),
+    "bits read as another dtype": (lambda x: repeat_kv(x.bfloat16()).view(torch.float16).float(),) * 2,
+    "rounded": (lambda x: repeat_kv(x).bfloat16().float(),) * 2,
     "edited since": (edit_after_repeating, repeat_kv),
 }
 
@@ -149,6 +155,14 @@ def test_what_repeats_otherwise_is_left(repeat: tuple[Callable[[Tensor], Tensor]
         return F.scaled_dot_product_attention(q, repeat[0](k), repeat[1](v), is_causal=True)
 
     assert example_of(match_one(call, *qkv(KV_HEADS)).key).shape[1] == HEADS
+
+
+def test_tokens_that_repeat_are_no_heads() -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(2, dim=2) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    assert example_of(match_one(call, *qkv(key_length=LENGTH // 2)).key).shape[2] == LENGTH
 
 
 def merged_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -261,6 +275,10 @@ NOT_RECOGNISED = {
     "product in the bias": lambda q, k, v: (q @ k.mT + (q @ v.mT).roll(1, -1) + ADDED).softmax(-1) @ v,
     "row maximum twice": lambda q, k, v: (x := q @ k.mT + ADDED).sub(x.amax(-1, keepdim=True), alpha=2).softmax(-1) @ v,
     "another maximum": lambda q, k, v: ((x := q @ k.mT + ADDED) - x.amax(-2, keepdim=True)).softmax(-1) @ v,
+    "two rows in one": lambda q, k, v: (
+        (q @ k.mT + ADDED).view(BATCH, HEADS, LENGTH // 2, -1).softmax(-1).view(BATCH, HEADS, LENGTH, LENGTH) @ v
+    ),
+    "weights times themselves": lambda q, k, v: (weights := (q @ k.mT + ADDED).softmax(-1)) @ weights,
     "another dimension": lambda q, k, v: (q @ k.mT + ADDED).softmax(-2) @ v,
     "weights times something": lambda q, k, v: ((q @ k.mT + ADDED).softmax(-1) * 0.5) @ v,
     "no head dimension": hidden_heads,

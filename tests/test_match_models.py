@@ -9,7 +9,7 @@ import torch
 from graphs import match_graphs
 from test_match_forms import check_site
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from flexprefill_compile.passes.attention_site import AttentionSite, Logits, Masked, example_of
 from flexprefill_compile.passes.operations import operation
@@ -83,6 +83,20 @@ def test_padded_llama_s_key_heads_are_not_repeated() -> None:
         site = check_site(match, values)
         assert isinstance(site.scores, Masked)
         assert example_of(site.key).shape[1] == 2
+
+
+def test_a_chunk_on_a_static_cache_reads_the_cache_itself() -> None:
+    model = tiny_model("llama", "sdpa", **GQA)
+    cache = StaticCache(config=model.config, max_cache_len=2 * LENGTH)
+    chunks = torch.randint(3, 99, (2, 2, LENGTH))
+    with torch.no_grad():
+        model(chunks[0], past_key_values=cache)
+        matches, _ = match_graphs(lambda ids: model(ids, past_key_values=cache).logits, chunks[1])
+    for match in matches:
+        assert isinstance(match, AttentionSite)
+        assert isinstance(match.scores, Masked)
+        assert match.key.op == "placeholder"
+        assert example_of(match.key).shape == (2, 2, 2 * LENGTH, 16)
 
 
 def test_output_attentions_keeps_attention_dense() -> None:
