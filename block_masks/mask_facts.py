@@ -101,7 +101,7 @@ def describe_mask(
     is_valid = see_one(own_query, key_index) & (key_positions < sizes.key_length)
     sequence = torch.zeros_like(is_valid, dtype=torch.int64)
     if is_packed:
-        sees_previous = see_one(own_query, (key_index - 1).clamp(min=0)) & (key_positions > 0)
+        sees_previous = see_one(own_query, (key_index - 1).clamp(min=0))
         sequence = (is_valid & ~sees_previous).flatten(1).cumsum(1).view_as(sequence)
     sequence = torch.where(is_valid, sequence, -1)
     # A block without a valid token goes on with the sequence before it.

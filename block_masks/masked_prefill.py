@@ -40,6 +40,9 @@ def select_masked_prefill_blocks(
     is masked by zero, which NaN survives. With a bias every head is vertical-slash: the pooled estimate, which knows
     no bias, proves nothing.
 
+    Memory peaks at about 40 bytes for each block of the grid, 70 where prompts are packed and the sort of Algorithm 4
+    takes two passes, or at what ``compute_masked_attention`` needs; nothing has Q x K elements.
+
     Args:
         query: (B, H, Q, D).
         key: (B, Hkv, K, D).
@@ -116,8 +119,9 @@ def _select_by_pattern(
     mean_logits = rule.cap((means.rows * means.key).sum(-1).mul_(rule.scale))
     columns = attention.pooled.columns
     query_aware = is_masked_query_aware(mean_logits, attention.is_seen, columns, config.tau, runs).unsqueeze(-1)
-    logits = rule.cap((means.query @ means.key.mT).mul_(rule.scale))
-    estimated, estimate = select_masked_query_aware(logits, candidates, config.gamma, runs)
+    estimated, estimate = select_masked_query_aware(
+        rule.cap((means.query @ means.key.mT).mul_(rule.scale)), candidates, config.gamma, runs
+    )
     extended, extension = select_masked_vertical_slash(attention.pooled, slots, config.gamma, runs)
     return (
         torch.where(query_aware, estimated, extended),

@@ -46,6 +46,7 @@ def select_masked_query_aware(
         As ``select_query_aware``.
     """
     attention = logits.masked_fill_(~candidates, -torch.inf).softmax(-1)
+    # A row without candidates.
     attention = attention.masked_fill_(~candidates.any(-1, keepdim=True), 0)
     num_rows, num_columns = attention.shape[-2:]
     if runs is not None:
