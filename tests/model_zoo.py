@@ -171,6 +171,10 @@ class Family:
         return name
 
 
+# Families of which more is checked: one or two of each kind of mask, of heads and of attention.
+THOROUGH = ("bloom", "falcon, alibi", "gemma3_text", "gpt2", "llama", "mistral", "phi3", "qwen3_moe")
+
+
 def list_families() -> dict[str, Family]:
     """Return every family that can be built, by name."""
     left_out = {model_type for model_types in LEFT_OUT.values() for model_type in model_types}

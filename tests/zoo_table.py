@@ -15,15 +15,17 @@ COLUMNS = {"prefill": "prefill", "padded right": "padded", "second chunk": "seco
 
 PAGE = """# Models
 
-{right} of {total} families of causal language models in transformers {transformers} run right under the backend at
-`gamma = 1`, {rewritten} of them with every attention call of a prefill rewritten, {padded} with padding too, {chunked}
-in a second chunk of the prompt as well. Torch {torch}, float32, CPU. This page was written by `{command}`.
+{right} of {total} families of causal language models in transformers run right under the backend at `gamma = 1`,
+{rewritten} of them with every attention call of a prefill rewritten, {padded} with padding too, {chunked} in a second
+chunk of the prompt as well. With {versions}, float32, CPU.
+This page was written by `{command}`.
 
 Each family is a tiny model: random weights, each kind of layer that its config has, windows of {window} tokens where it
-has windows. A prompt of 150 tokens is compared with the uncompiled model, with and without cache; so are two prompts of
-unlike lengths, the shorter one padded on the right and on the left (real tokens only), a second chunk of 70 tokens
-after the first, and a decode step. "Right" is a relative error of the logits below {tolerance:g}, which rounding
-explains and a key too many or too few does not.
+has windows. Prompts of 150 tokens are compared with the uncompiled model; so are two prompts of unlike lengths, the
+shorter one padded on the right and on the left (real tokens only), and a second chunk of 70 tokens after the first. For
+{thorough} a prefill without cache and a decode step are compared too. "Right" is a relative error of the logits below
+{tolerance:g}, which rounding explains and a key too many or too few does not.
+{how}
 
 - *Calls* is the number of attention calls of the uncompiled model in a prefill: fused ones, and softmaxes of scores
   that the model writes out itself.
@@ -37,6 +39,12 @@ explains and a key too many or too few does not.
 
 {left_out}
 """
+
+VERSIONS = "transformers {transformers}, torch {torch}"
+HOW = {
+    False: "Rewritten graphs run without code generation, their block tables checked against their masks pair by pair.",
+    True: "Rewritten graphs are compiled by inductor.",
+}
 
 
 class Row(NamedTuple):
@@ -77,16 +85,32 @@ def is_complete(row: Row, *columns: str) -> bool:
     return all(len(count) == 2 and count[0] == count[1] != "0" for count in counts)
 
 
-def format_page(rows: Sequence[Row], left_out: Mapping[str, Sequence[str]], command: str) -> str:
-    """Return the text of docs/models.md."""
+def installed_versions() -> dict[str, str]:
+    """Return what the rows depend on beside this project."""
+    return {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+
+
+def format_page(
+    rows: Sequence[Row], left_out: Mapping[str, Sequence[str]], *, thorough: str, how: str, command: str
+) -> str:
+    """Return the text of docs/models.md.
+
+    Args:
+        rows: The table.
+        left_out: For each reason, the model types that are no families.
+        thorough: The families of which all was checked, as text.
+        how: Of HOW, what ran the graphs.
+        command: What was typed.
+    """
     return PAGE.format(
         right=sum("**fails**" not in row.left_dense for row in rows),
         total=len(rows),
         rewritten=sum(is_complete(row, "prefill") for row in rows),
         padded=sum(is_complete(row, "prefill", "padded") for row in rows),
         chunked=sum(is_complete(row, "prefill", "padded", "second_chunk") for row in rows),
-        transformers=transformers.__version__,
-        torch=torch.__version__.partition("+")[0],
+        versions=VERSIONS.format(**installed_versions()),
+        thorough=thorough,
+        how=how,
         command=command,
         window=WINDOW,
         tolerance=TOLERANCE,
