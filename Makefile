@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPECHECK := .typecheck/flexprefill_compile
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test models lint format clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ demo: $(STAMP)  ## Prefill SmolLM2 with 8192 tokens of real text, dense and spar
 
 test: $(STAMP)  ## Run the tests on all cores
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n auto
+
+models: $(STAMP)  ## Run every family of the model zoo and write docs/models.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/supported_models.py
 
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check

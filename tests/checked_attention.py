@@ -1,0 +1,130 @@
+"""A stand-in for inductor: run the rewritten graph as it is, each FlexAttention call as a checked dense reference.
+
+Uncompiled, FlexAttention's op ignores the block tables. The reference here computes what they say, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+import flexprefill_compile.backend as backend_module
+from flexprefill_compile.passes.base import graph_modules
+from flexprefill_compile.torch_internals import flex_attention_hop
+
+
+class TableError(AssertionError):
+    """Block tables that don't say the same as their mask_mod; not an error of the model."""
+
+
+@contextlib.contextmanager
+def without_code_generation() -> Iterator[None]:
+    """While active, FlexPrefillBackend runs its rewritten graphs eagerly and checks their tables as for gamma = 1."""
+    with mock.patch.object(backend_module, "compile_with_inductor", _run_checked):
+        yield
+
+
+def _run_checked(
+    graph_module: GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]
+) -> Callable[..., Any]:
+    for module in graph_modules(graph_module):
+        for node in module.graph.find_nodes(op="call_function", target=flex_attention_hop):
+            node.target = attend_checked
+        module.recompile()
+    return graph_module.forward
+
+
+def attend_checked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable[..., Tensor],
+    block_mask: tuple[Any, ...],
+    scale: float,
+    kernel_options: dict[str, Any],
+    score_mod_captures: Sequence[Any] = (),
+    mask_mod_captures: Sequence[Any] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend as FlexAttention's op does, over the blocks of the tables alone.
+
+    Returns:
+        The output (B, H, S, Dv), zero in rows without keys, the logsumexp and the maximum of the scores, (B, H, S).
+
+    Raises:
+        TableError: The tables leave out a pair that the mask_mod allows, or a full block has one that it forbids.
+    """
+    batch, heads, query_length, _ = query.shape
+    key_length = key.shape[-2]
+    indices = (
+        torch.arange(batch).view(-1, 1, 1, 1),
+        torch.arange(heads).view(-1, 1, 1),
+        torch.arange(query_length).view(-1, 1),
+        torch.arange(key_length),
+    )
+    allowed = block_mask[-1](*indices, *mask_mod_captures).expand(batch, heads, query_length, key_length)
+    computed = check_tables(allowed, block_mask)
+
+    group = heads // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    scores = score_mod(query @ key.mT * scale, *indices, *score_mod_captures).masked_fill(~computed, -torch.inf)
+    weights = scores.softmax(-1).masked_fill(~computed, 0)  # a row without keys is zero, not NaN
+    return (weights @ value).to(query.dtype), scores.logsumexp(-1), scores.amax(-1)
+
+
+def check_tables(allowed: Tensor, block_mask: tuple[Any, ...]) -> Tensor:
+    """Check the tables of a BlockMask's tuple at gamma = 1 against its mask, by element.
+
+    Args:
+        allowed: (B, H, Q, K) bool, the mask.
+        block_mask: As ``BlockMask.as_tuple()`` gives it.
+
+    Returns:
+        (B, H, Q, K) bool, the pairs that the tables compute.
+
+    Raises:
+        TableError: The tables and the mask disagree, or the tables are no valid ones.
+    """
+    lengths, (partial_counts, partial_columns, full_counts, full_columns) = block_mask[:2], block_mask[2:6]
+    sizes = block_mask[-3], block_mask[-2]
+    if tuple(lengths) != tuple(allowed.shape[-2:]):
+        raise TableError(f"the tables are for {tuple(lengths)} tokens, attention has {tuple(allowed.shape[-2:])}")
+    partial = unpack_tokens(partial_counts, partial_columns, sizes, allowed)
+    full = unpack_tokens(full_counts, full_columns, sizes, allowed)
+    if (partial & full).any():
+        raise TableError("a block is listed both as partial and as full")
+    if (full & ~allowed).any():
+        raise TableError(f"full blocks hold pairs that the mask forbids, the first at {_first(full & ~allowed)}")
+    computed = full | (partial & allowed)
+    if (allowed & ~computed).any():
+        raise TableError(f"pairs that the mask allows are in no block, the first at {_first(allowed & ~computed)}")
+    return computed
+
+
+def unpack_tokens(counts: Tensor, columns: Tensor, sizes: tuple[int, int], like: Tensor) -> Tensor:
+    """Unpack one pair of tables to (B, H, Q, K) bool over tokens.
+
+    Raises:
+        TableError: A row lists a block twice, or one that doesn't exist.
+    """
+    num_blocks = -(-like.shape[-1] // sizes[1])
+    listed = torch.arange(columns.shape[-1]) < counts.unsqueeze(-1)
+    valid = columns.masked_fill(~listed, 0)
+    if (valid < 0).any() or (valid >= num_blocks).any():
+        raise TableError(f"a table lists a block out of range of {num_blocks}")
+    times = torch.zeros(*columns.shape[:-1], num_blocks, dtype=torch.int32)
+    times.scatter_add_(-1, valid.long(), listed.int())
+    if (times > 1).any():
+        raise TableError("a table lists a block twice")
+    tokens = times.bool().repeat_interleave(sizes[0], dim=-2).repeat_interleave(sizes[1], dim=-1)
+    return tokens[..., : like.shape[-2], : like.shape[-1]].expand_as(like)
+
+
+def _first(pairs: Tensor) -> str:
+    """Say where the first of some pairs is."""
+    return "batch {}, head {}, query {}, key {}".format(*pairs.nonzero()[0].tolist())
