@@ -15,6 +15,7 @@ NAMESPACE = "flexprefill"
 SELECT_BLOCKS = f"{NAMESPACE}::select_blocks"
 SELECT_MASKED_BLOCKS = f"{NAMESPACE}::select_masked_blocks"
 REALIZE = f"{NAMESPACE}::realize"
+CHECK_MASK = f"{NAMESPACE}::check_mask"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -32,6 +33,11 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("realize(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+# Returns a copy of ``query``, so that nothing drops the check.
+_library.define(
+    "check_mask(Tensor query, Tensor mask, Tensor visible, Tensor? bias) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def _fake_select_blocks(
@@ -75,6 +81,37 @@ def _realize(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _fake_check_mask(query: Tensor, mask: Tensor, visible: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty_like(query)
+
+
+def _check_mask(query: Tensor, mask: Tensor, visible: Tensor, bias: Tensor | None) -> Tensor:
+    """Compare a mask with its formula, for debugging: this waits for the device.
+
+    Args:
+        query: Passed through.
+        mask: (B|1, H|1, Sq, Skv), bool or added to the scores.
+        visible: What broadcasts to it, bool: where the formula lets a query see a key.
+        bias: What the formula adds there, or None.
+
+    Raises:
+        RuntimeError: They differ.
+    """
+    expected = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    if not torch.equal(visible.expand_as(expected | visible), expected.expand_as(expected | visible)):
+        raise RuntimeError("the formula of a mask hides other keys than the mask; please report this")
+    if mask.dtype != torch.bool:
+        added = torch.zeros((), dtype=mask.dtype, device=mask.device) if bias is None else bias.to(mask.dtype)
+        difference = torch.where(expected, mask - added, 0)
+        if difference.abs().max() > 1e-5 * torch.where(expected, mask, 0).abs().max():
+            raise RuntimeError(
+                "the formula of a mask adds something else to the scores than the mask; please report this"
+            )
+    return query.clone()
+
+
+torch.library.register_fake(CHECK_MASK, _fake_check_mask, lib=_library)
+torch.library.impl(CHECK_MASK, "CompositeExplicitAutograd", _check_mask, lib=_library)
 torch.library.register_fake(SELECT_BLOCKS, _fake_select_blocks, lib=_library)
 torch.library.register_fake(SELECT_MASKED_BLOCKS, _fake_select_masked_blocks, lib=_library)
 torch.library.register_fake(REALIZE, _fake_realize, lib=_library)

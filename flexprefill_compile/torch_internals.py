@@ -129,7 +129,7 @@ def make_fx_under(fake_mode: FakeTensorMode, function: Callable[..., Any], *exam
     Dynamo gives a backend a fake mode of its own, other than that of the graph's examples; it is set aside.
     """
     with torch.no_grad(), tracing(None), fake_mode:
-        return cast("GraphModule", make_fx(function, tracing_mode="symbolic")(*examples))
+        return make_fx(function, tracing_mode="symbolic")(*examples)
 
 
 class GraphSnapshot:

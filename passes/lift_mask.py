@@ -14,24 +14,20 @@ it: that is O(S) numbers.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import SymInt, Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
-from flexprefill_compile.passes.trace import TracedValue
+from flexprefill_compile.passes.trace import TracedValue, ancestors_of
 from flexprefill_compile.torch_internals import guard_or_false, statically_known_true
 
 aten = torch.ops.aten
-# An index of a dimension: a node of the lifted graph, or a constant.
-Index = Node | int
-Indices = tuple[Index, ...]
-# A lifted element: a node of the lifted graph, or a constant.
+# An element of a tensor, or an index of a dimension: a node of the lifted graph, or a constant.
 Element = Node | bool | int | float
+Indices = tuple[Element, ...]
 
 
 class NotLiftableError(Exception):
@@ -72,14 +68,16 @@ INDEX_NAMES = ("batch", "head", "query", "key")
 class Lifter:
     """Builds the graph of one element of a traced (B, H, Sq, Skv) tensor, or of one that broadcasts to it."""
 
-    def __init__(self, traced: TracedValue, heads: int | None, largest_mask: int) -> None:
+    def __init__(self, traced: TracedValue, heads: int | None, largest_mask: int, rules: Mapping[Any, Rule]) -> None:
         """Prepare to lift.
 
         Args:
             traced: What computes the tensor.
             heads: H, if it depends on the products of queries and keys, which may merge batch and head.
             largest_mask: Most elements of a graph input that is captured although query and key both index it.
+            rules: How an index goes through what isn't elementwise, by operation.
         """
+        self.rules = rules
         self.traced = traced
         self.scores = traced.product
         self.heads = heads
@@ -91,7 +89,10 @@ class Lifter:
         self.choices: dict[Node, tuple[Node, Element, Element]] = {}
         self._merged: dict[Node, tuple[Indices, tuple[Any, ...]]] = {}
         self._memo: dict[tuple[Node, Indices], Element] = {}
-        self._dependence: dict[Node, frozenset[Node]] = {self.query: frozenset({self.query}), self.key: frozenset({self.key})}
+        self._dependence: dict[Node, frozenset[Node]] = {
+            self.query: frozenset({self.query}),
+            self.key: frozenset({self.key}),
+        }
 
     def lift(self) -> LiftedElement:
         """Lift the traced tensor.
@@ -113,12 +114,12 @@ class Lifter:
     def element(self, node: Any, indices: Indices) -> Element:
         """Return the element of a traced tensor at ``indices``; of a number, the number."""
         if not isinstance(node, Node):
-            return node  # type: ignore[no-any-return]
+            return cast("Element", node)
         if node.op == "get_attr":
             return self._constant_tensor(node)
         example = node.meta["val"]
         if not isinstance(example, Tensor):
-            return self._number(node)  # type: ignore[no-any-return]
+            return cast("Element", self._number(node))
         indices = tuple(
             0 if statically_known_true(size == 1) else index for index, size in zip(indices, example.shape, strict=True)
         )
@@ -129,11 +130,11 @@ class Lifter:
     def _lift_node(self, node: Node, indices: Indices) -> Element:
         if node is self.scores:
             return self._read_score(indices)
-        rule = RULES.get(node.target)  # type: ignore[arg-type]
+        rule = self.rules.get(node.target)
         if rule is not None:
             try:
                 return rule(self, node, indices)
-            except _NoRuleError:
+            except NoRuleError:
                 pass
         elif is_elementwise(node.target):
             return self._lift_pointwise(node, indices)
@@ -142,10 +143,12 @@ class Lifter:
     def _read_score(self, indices: Indices) -> Element:
         *batch_and_head, query, key = indices
         (first,) = batch_and_head[:1]
-        merged = self._merged.get(first) if isinstance(first, Node) else None  # type: ignore[arg-type]
+        merged = self._merged.get(first) if isinstance(first, Node) else None
         parts = merged[0] if len(batch_and_head) == 1 and merged is not None else tuple(batch_and_head)
         expected = (self.batch, self.head, self.query, self.key)
-        if len(parts) != 2 or any(part not in (index, 0) for part, index in zip((*parts, query, key), expected, strict=True)):
+        if len(parts) != 2 or any(
+            part not in (index, 0) for part, index in zip((*parts, query, key), expected, strict=True)
+        ):
             raise NotLiftableError("scores of several pairs enter one logit")
         return self.score
 
@@ -153,20 +156,22 @@ class Lifter:
 
     def _lift_pointwise(self, node: Node, indices: Indices) -> Element:
         example: Tensor = node.meta["val"]
-        tensors = [a for a in node.args if isinstance(a, Node) and isinstance(a.meta["val"], Tensor)]
-        operands = {a: self.element(a, _broadcast(indices, a.meta["val"], example)) for a in tensors}
-        arguments = [operands[a] if a in operands else self._number(a) for a in node.args]  # type: ignore[index]
+        inputs: Sequence[Any] = node.args
+        tensors = [a for a in inputs if isinstance(a, Node) and isinstance(a.meta["val"], Tensor)]
+        operands = {a: self.element(a, broadcast(indices, a.meta["val"], example)) for a in tensors}
+        arguments = [operands[a] if a in operands else self._number(a) for a in inputs]
         keywords = {k: self._number(v) for k, v in node.kwargs.items() if k not in ("device", "layout", "pin_memory")}
         is_where = node.target is aten.where.self
         dtypes = {a.meta["val"].dtype for a in tensors[is_where:]}
         if len(dtypes) > 1:  # elements have no dimensions, so promotion would go another way than for the tensors
             common = _promote(tensors[is_where:])
-            for position, a in enumerate(node.args):
+            for position, a in enumerate(inputs):
                 if a in tensors[is_where:]:
-                    arguments[position] = self.cast(arguments[position], a.meta["val"].dtype, common)  # type: ignore[union-attr]
+                    arguments[position] = self.cast(arguments[position], a.meta["val"].dtype, common)
         return self.emit(_out_of_place(node.target), arguments, keywords, example.dtype)
 
     def _number(self, argument: Any) -> Any:
+        """Return what stands for an argument that is no tensor."""
         if not isinstance(argument, Node):
             return argument
         example = argument.meta["val"]
@@ -186,11 +191,13 @@ class Lifter:
         """Convert an element of ``dtype``."""
         if dtype == target:
             return element
+        if dtype == torch.bool and isinstance(element, Node):
+            return self._choose(element, 1, 0, target)
         return self.emit(aten._to_copy.default, [element], {"dtype": target}, target)
 
     def emit(self, target: Any, arguments: Sequence[Any], keywords: dict[str, Any], dtype: torch.dtype) -> Element:
         """Add an elementwise operation on elements, simplified where constants decide it."""
-        simplified = self._simplify(target, arguments)
+        simplified: Element | None = self._simplify(target, arguments, dtype)
         if simplified is not None:
             return simplified
         if target is aten.where.self and not isinstance(arguments[1], Node) and not isinstance(arguments[2], Node):
@@ -200,32 +207,31 @@ class Lifter:
         chosen = [a for a in arguments if isinstance(a, Node)]
         if len(chosen) == 1 and chosen[0] in self.choices and target is not aten.where.self:
             condition, *values = self.choices[chosen[0]]
-            outcomes = [
+            if_true, if_false = (
                 _compute(target, [value if a is chosen[0] else a for a in arguments], keywords, dtype)
                 for value in values
-            ]
-            return self._choose(condition, *outcomes, dtype)
+            )
+            return self._choose(condition, if_true, if_false, dtype)
         return self._call(target, arguments, keywords)
 
-    def _simplify(self, target: Any, arguments: Sequence[Any]) -> Element | None:
+    def _simplify(self, target: Any, arguments: Sequence[Any], dtype: torch.dtype) -> Any:
         packet = getattr(target, "overloadpacket", None)
         first, second = (*arguments, None, None)[:2]
-        if packet in (aten.bitwise_and, aten.logical_and, aten.bitwise_or, aten.logical_or):
-            neutral = packet in (aten.bitwise_and, aten.logical_and)
+        if packet in (aten.bitwise_and, aten.bitwise_or) and dtype == torch.bool:
             for constant, other in ((first, second), (second, first)):
                 if isinstance(constant, bool):
-                    return other if constant is neutral else constant  # type: ignore[return-value]
+                    return other if constant is (packet is aten.bitwise_and) else constant
         if packet in (aten.add, aten.sub) and isinstance(second, int) and second == 0 and isinstance(first, Node):
             return first
         if target is aten.where.self and isinstance(first, bool):
-            return arguments[1] if first else arguments[2]  # type: ignore[no-any-return]
+            return arguments[1] if first else arguments[2]
         if packet in (aten.bitwise_not, aten.logical_not) and isinstance(first, Node):
             return self._negate(first) if packet is aten.logical_not or is_negation(first) else None
         return None
 
     def _negate(self, condition: Node) -> Node:
         if is_negation(condition):
-            return condition.args[0]  # type: ignore[return-value]
+            return condition.all_input_nodes[0]
         return self._call(aten.logical_not.default, [condition], {})
 
     def _choose(self, condition: Node, if_true: Element, if_false: Element, dtype: torch.dtype) -> Element:
@@ -234,7 +240,9 @@ class Lifter:
             return if_true
         if dtype == torch.bool:
             return condition if if_true else self._negate(condition)
-        choice = self._call(aten.where.self, [condition, self._constant(if_true, dtype), self._constant(if_false, dtype)], {})
+        choice = self._call(
+            aten.where.self, [condition, self._constant(if_true, dtype), self._constant(if_false, dtype)], {}
+        )
         self.choices[choice] = (condition, if_true, if_false)
         return choice
 
@@ -315,19 +323,22 @@ class Lifter:
 
     # Indices
 
-    def merge(self, parts: Indices, sizes: tuple[Any, ...]) -> Index:
+    def merge(self, parts: Indices, sizes: tuple[Any, ...]) -> Element:
         """Return the index of a dimension that merges several, e.g. batch * H + head."""
-        parts = tuple(0 if size is not None and statically_known_true(size == 1) else p for p, size in zip(parts, sizes, strict=True))
-        merged: Index = parts[0]
+        parts = tuple(
+            0 if size is not None and statically_known_true(size == 1) else p
+            for p, size in zip(parts, sizes, strict=True)
+        )
+        merged: Element = parts[0]
         for part, size in zip(parts[1:], sizes[1:], strict=True):
             scaled = self.emit(aten.mul.Tensor, [merged, self._number(size)], {}, torch.int64)
-            merged = self.emit(aten.add.Tensor, [scaled, part], {}, torch.int64)  # type: ignore[assignment]
+            merged = self.emit(aten.add.Tensor, [scaled, part], {}, torch.int64)
         if isinstance(merged, Node) and merged not in parts:
             self._merged[merged] = (parts, sizes)
         return merged
 
-    def split(self, index: Index, sizes: tuple[Any, ...]) -> Indices:
-        """Undo ``_merge``."""
+    def split(self, index: Element, sizes: tuple[Any, ...]) -> Indices:
+        """Undo ``merge``."""
         if isinstance(index, Node) and index in self._merged:
             parts, merged_sizes = self._merged[index]
             if len(sizes) == len(parts) and all(
@@ -335,11 +346,11 @@ class Lifter:
             ):
                 return parts
         if not all(isinstance(size, int) for size in sizes[1:]):
-            raise _NoRuleError
+            raise NoRuleError
         parts = ()
         for size in reversed(sizes[1:]):
-            parts = (self.emit(aten.remainder.Scalar, [index, size], {}, torch.int64), *parts)  # type: ignore[assignment]
-            index = self.emit(aten.floor_divide.default, [index, size], {}, torch.int64)  # type: ignore[assignment]
+            parts = (self.emit(aten.remainder.Scalar, [index, size], {}, torch.int64), *parts)
+            index = self.emit(aten.floor_divide.default, [index, size], {}, torch.int64)
         return index, *parts
 
 
@@ -357,7 +368,7 @@ def _out_of_place(target: Any) -> Any:
     return getattr(getattr(aten, name[:-1]), target._overloadname) if name.endswith("_") else target
 
 
-class _NoRuleError(Exception):
+class NoRuleError(Exception):
     """The rule of an operation doesn't cover these arguments; capture its result instead."""
 
 
@@ -370,7 +381,25 @@ _COMPARISONS = {
     aten.ne: aten.ne,
 }
 # Overloads that take a number in place of any tensor but the first.
-_TENSOR_FIRST = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor})
+_TENSOR_FIRST = frozenset(
+    {
+        aten.add.Tensor,
+        aten.sub.Tensor,
+        aten.mul.Tensor,
+        aten.div.Tensor,
+        aten.bitwise_and.Tensor,
+        aten.bitwise_or.Tensor,
+    }
+)
+
+
+def is_read_by_pair(element: Node) -> bool:
+    """Tell whether a lifted element is read from a tensor at both the query and the key."""
+    if element.target is not aten.index.Tensor:
+        return False
+    entries: Any = element.args[1]
+    names = [{node.name for node in ancestors_of(entry)} for entry in entries]
+    return sum(bool({"query", "key"} & entry) for entry in names) > 1
 
 
 def is_negation(condition: Node) -> bool:
@@ -384,7 +413,8 @@ def _takes_tensor(target: Any, position: int) -> bool:
     return isinstance(target._schema.arguments[position].type, torch.TensorType)
 
 
-def _broadcast(indices: Indices, operand: Tensor, result: Tensor) -> Indices:
+def broadcast(indices: Indices, operand: Tensor, result: Tensor) -> Indices:
+    """Return the indices of an operand's element from those of the result's: the last dimensions."""
     return indices[len(result.shape) - len(operand.shape) :]
 
 
@@ -405,12 +435,12 @@ def _compute(target: Any, arguments: Sequence[Any], keywords: dict[str, Any], dt
     """Run an operation on constants."""
     tensors = [torch.tensor(a) if isinstance(a, bool | int | float) and i == 0 else a for i, a in enumerate(arguments)]
     if target is aten._to_copy.default:
-        return tensors[0].to(dtype).item()  # type: ignore[no-any-return]
+        return cast("Element", tensors[0].to(dtype).item())
     try:
         result = target(*tensors, **keywords)
     except RuntimeError:
         result = target(*map(torch.tensor, arguments), **keywords)
-    return result.to(dtype).item()  # type: ignore[no-any-return]
+    return cast("Element", result.to(dtype).item())
 
 
 def _is_at_least(size: Any, bound: Any) -> bool:
@@ -424,228 +454,4 @@ def _describe(node: Node) -> str:
     return f"the result of {getattr(node.target, '__name__', node.target)}"
 
 
-# Rules for what isn't elementwise: (lifter, node, indices) -> element
-
 Rule = Callable[[Lifter, Node, Indices], Element]
-RULES: dict[Any, Rule] = {}
-
-
-def _rule(*targets: Any) -> Callable[[Rule], Rule]:
-    def register(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(targets, rule))
-        return rule
-
-    return register
-
-
-@_rule(aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default, aten.contiguous.default)
-def _lift_same(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    return lifter.element(node.args[0], indices)
-
-
-@_rule(aten._to_copy.default)
-def _lift_cast(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    (source,) = node.args
-    element = lifter.element(source, indices)
-    return lifter.cast(element, source.meta["val"].dtype, node.meta["val"].dtype)  # type: ignore[union-attr]
-
-
-@_rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-def _lift_masked_fill(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    source, mask, value = node.args
-    example = node.meta["val"]
-    kept = lifter.element(source, _broadcast(indices, source.meta["val"], example))  # type: ignore[union-attr]
-    filled = lifter.element(mask, _broadcast(indices, mask.meta["val"], example))  # type: ignore[union-attr]
-    fill = lifter.element(value, ())
-    return lifter.emit(aten.where.self, [filled, fill, kept], {}, example.dtype)
-
-
-@_rule(aten.unsqueeze.default)
-def _lift_unsqueeze(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    source, dim = node.args
-    dim = dim % len(indices)  # type: ignore[operator]
-    return lifter.element(source, indices[:dim] + indices[dim + 1 :])
-
-
-@_rule(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.view.default, aten.reshape.default)
-@_rule(aten._unsafe_view.default, aten.unflatten.int, aten.flatten.using_ints)
-def _lift_view(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    source: Node = node.args[0]  # type: ignore[assignment]
-    return lifter.element(source, _reshape_indices(lifter, indices, node.meta["val"].shape, source.meta["val"].shape))
-
-
-def _reshape_indices(lifter: Lifter, indices: Indices, shape: Sequence[Any], source: Sequence[Any]) -> Indices:
-    """Follow an index through a view, in which a run of dimensions becomes one or the other way round."""
-    outer = [(index, size) for index, size in zip(indices, shape, strict=True) if not statically_known_true(size == 1)]
-    inner = [(dim, size) for dim, size in enumerate(source) if not statically_known_true(size == 1)]
-    result: list[Index] = [0] * len(source)
-    while outer and inner:
-        num_outer, num_inner = _find_runs([size for _, size in outer], [size for _, size in inner])
-        run, outer = outer[:num_outer], outer[num_outer:]
-        targets, inner = inner[:num_inner], inner[num_inner:]
-        merged = run[0][0] if num_outer == 1 else lifter.merge(tuple(i for i, _ in run), tuple(s for _, s in run))
-        parts = (merged,) if num_inner == 1 else lifter.split(merged, tuple(size for _, size in targets))
-        for (dim, _), part in zip(targets, parts, strict=True):
-            result[dim] = part
-    if outer or inner:
-        raise _NoRuleError
-    return tuple(result)
-
-
-def _find_runs(outer: list[Any], inner: list[Any]) -> tuple[int, int]:
-    """Return how many leading sizes on each side have one product; one of the numbers is 1."""
-    for length in range(1, max(len(outer), len(inner)) + 1):
-        if statically_known_true(math.prod(outer[:length]) == inner[0]):
-            return length, 1
-        if statically_known_true(outer[0] == math.prod(inner[:length])):
-            return 1, length
-    raise _NoRuleError
-
-
-@_rule(aten.expand.default)
-def _lift_expand(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    source: Node = node.args[0]  # type: ignore[assignment]
-    return lifter.element(source, _broadcast(indices, source.meta["val"], node.meta["val"]))
-
-
-@_rule(aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default)
-def _lift_permute(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    dims = len(indices)
-    order = list(range(dims))
-    if node.target is aten.permute.default:
-        order = [dim % dims for dim in node.args[1]]  # type: ignore[union-attr, operator]
-    elif dims > 1:
-        first, second = node.args[1:] if node.target is aten.transpose.int else (0, 1)
-        order[first], order[second] = order[second], order[first]  # type: ignore[index]
-    result: list[Index] = [0] * dims
-    for index, dim in zip(indices, order, strict=True):
-        result[dim] = index
-    return lifter.element(node.args[0], tuple(result))
-
-
-@_rule(aten.select.int)
-def _lift_select(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    source, dim, position = node.args
-    dims, size = len(indices) + 1, source.meta["val"].shape[dim]  # type: ignore[union-attr, index]
-    dim = dim % dims  # type: ignore[operator]
-    if isinstance(position, int) and position < 0 and isinstance(size, int):
-        position += size
-    if not isinstance(position, int) or position < 0:
-        raise _NoRuleError
-    return lifter.element(source, (*indices[:dim], position, *indices[dim:]))
-
-
-@_rule(aten.slice.Tensor)
-def _lift_slice(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    source, dim, start, _, step = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])
-    dim = dim % len(indices)
-    shape = source.meta["val"].shape
-    if isinstance(start, int) and start < 0:
-        start = start + shape[dim] if isinstance(shape[dim], int) else None
-    if start is None or statically_known_true(shape[dim] == node.meta["val"].shape[dim]):
-        start = 0 if start is None or isinstance(start, int) and start >= 0 else start
-    if isinstance(start, Node) and not statically_known_true(start.meta["val"] >= 0):
-        raise _NoRuleError
-    if isinstance(start, int) and start < 0:
-        raise _NoRuleError
-    index = lifter.affine(indices[dim], step, start)
-    return lifter.element(source, (*indices[:dim], index, *indices[dim + 1 :]))
-
-
-@_rule(aten.flip.default)
-def _lift_flip(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    source, dims = node.args
-    result = list(indices)
-    for dim in dims:  # type: ignore[union-attr]
-        size = source.meta["val"].shape[dim]  # type: ignore[union-attr, index]
-        if not isinstance(size, int):
-            raise _NoRuleError
-        result[dim] = lifter.affine(indices[dim], -1, size - 1)  # type: ignore[index]
-    return lifter.element(source, tuple(result))
-
-
-@_rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
-def _lift_arange(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    start, step = 0, 1
-    if node.target is not aten.arange.default:
-        start, step = (*node.args, 1)[0], (*node.args, 1, 1)[2]  # type: ignore[assignment]
-    if not all(isinstance(x, int | Node) for x in (start, step)):
-        raise _NoRuleError
-    position = lifter.affine(indices[0], step, start)
-    return lifter.cast(position, torch.int64, node.meta["val"].dtype)
-
-
-@_rule(aten.full.default, aten.new_full.default, aten.full_like.default)
-def _lift_full(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    value = node.args[1 if node.target is not aten.new_full.default else 2]
-    return lifter.element(value, ())
-
-
-@_rule(aten.scalar_tensor.default)
-def _lift_scalar(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    return lifter.element(node.args[0], ())
-
-
-@_rule(aten.ones.default, aten.new_ones.default, aten.ones_like.default)
-def _lift_ones(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    return True if node.meta["val"].dtype == torch.bool else 1
-
-
-@_rule(aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
-def _lift_zeros(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    return False if node.meta["val"].dtype == torch.bool else 0
-
-
-@_rule(aten.tril.default, aten.triu.default)
-def _lift_triangle(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    source, diagonal = (*node.args, 0)[:2]
-    *_, row, column = indices
-    limit = lifter.affine(row, 1, diagonal)
-    compare = aten.le.Tensor if node.target is aten.tril.default else aten.ge.Tensor
-    inside = lifter.emit(compare, [column, limit], {}, torch.bool)
-    dtype = node.meta["val"].dtype
-    zero = False if dtype == torch.bool else 0
-    return lifter.select(inside, lifter.element(source, indices), zero, dtype)
-
-
-@_rule(aten.cat.default)
-def _lift_cat(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    sources, dim = (*node.args, 0)[:2]
-    dim = dim % len(indices)  # type: ignore[operator]
-    sizes = [source.meta["val"].shape[dim] for source in sources]  # type: ignore[union-attr]
-    if not all(isinstance(size, int) for size in sizes):
-        raise _NoRuleError
-    dtype = node.meta["val"].dtype
-    starts = list(itertools.accumulate(sizes, initial=0))[:-1]
-    result: Element = False
-    for number, (source, start, size) in enumerate(zip(sources, starts, sizes, strict=True)):  # type: ignore[arg-type]
-        # The part that isn't read is still computed, at an index that exists.
-        shifted = lifter.affine(indices[dim], 1, -start)
-        clamped = lifter.emit(aten.clamp.default, [shifted, 0, size - 1], {}, torch.int64)
-        part = lifter.element(source, (*indices[:dim], clamped, *indices[dim + 1 :]))  # type: ignore[arg-type]
-        part = lifter.cast(part, source.meta["val"].dtype, dtype)  # type: ignore[union-attr]
-        inside = lifter.emit(aten.ge.Tensor, [indices[dim], start], {}, torch.bool)
-        result = part if number == 0 else lifter.select(inside, part, result, dtype)
-    return result
-
-
-@_rule(aten.index.Tensor)
-def _lift_index(lifter: Lifter, node: Node, indices: Indices) -> Element:
-    source, entries = node.args
-    given = [position for position, entry in enumerate(entries) if entry is not None]  # type: ignore[arg-type]
-    if given != list(range(given[0], given[-1] + 1)) or any(
-        entries[p].meta["val"].dtype == torch.bool for p in given  # type: ignore[index, union-attr]
-    ):
-        raise _NoRuleError
-    tensors = [entries[p] for p in given]  # type: ignore[index]
-    num_broadcast = max(len(t.meta["val"].shape) for t in tensors)  # type: ignore[union-attr]
-    first = given[0]
-    shared = indices[first : first + num_broadcast]
-    looked_up = [
-        lifter.element(t, shared[num_broadcast - len(t.meta["val"].shape) :]) for t in tensors  # type: ignore[union-attr]
-    ]
-    source_indices = (*indices[:first], *looked_up, *indices[first + num_broadcast :])
-    # A negative entry counts from the end, which only a real tensor answers.
-    if not all(lifter.is_position(entry) for entry in looked_up):
-        return lifter.capture(source, source_indices)  # type: ignore[arg-type]
-    return lifter.element(source, source_indices)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""From an attention site to what FlexAttention and the estimator take: a mask_mod, a score_mod, and what is known of them.
+"""From an attention site to what FlexAttention and the estimator take: a mask_mod, a score_mod, and their properties.
 
-    Masked(mask)          ->  the formula of the mask                              (lift_mask, split_scores)
-    Logits(scores, ...)   ->  the formula of all that happens to a score           (lift_mask, split_scores)
-    FlexMods(...)         ->  the call's own functions                             (split_scores)
+Masked(mask)          ->  the formula of the mask                              (lift_mask, split_scores)
+Logits(scores, ...)   ->  the formula of all that happens to a score           (lift_mask, split_scores)
+FlexMods(...)         ->  the call's own functions                             (split_scores)
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.passes.attention_site import AttentionSite, FlexMods, IsCausal, Logits, Masked, example_of
 from flexprefill_compile.passes.lift_mask import INDEX_NAMES, Capture, LiftedElement, Lifter, NotLiftableError
+from flexprefill_compile.passes.lift_rules import RULES
 from flexprefill_compile.passes.mask_bounds import MaskBounds, find_bounds
 from flexprefill_compile.passes.operands import shares_memory
 from flexprefill_compile.passes.operations import edited_inputs
@@ -55,19 +57,19 @@ NOTHING_TRACED = TracedValue(Graph(), (), (), {})
 LiftedMasks = dict[Node, tuple[TracedValue, ScoreParts] | Refusal]
 
 
-def lift_site(site: AttentionSite, largest_mask: int, known: LiftedMasks) -> LiftedSite | Refusal:
+def lift_site(site: AttentionSite, config: SparsePrefillConfig, known: LiftedMasks) -> LiftedSite | Refusal:
     """Understand what happens to the scores of an attention, or tell why it can't be.
 
     Args:
         site: A match.
-        largest_mask: Most elements of a mask that the model is given and that has no formula.
+        config: How large a mask may be that the model is given and that has no formula.
         known: Masks lifted before; gains this one.
     """
     if isinstance(site.scores, IsCausal):
         return LiftedSite(site, ScoreParts(None, None, _scale_of(site), None), PLAIN, NOTHING_TRACED)
-    taken = _take_apart_once(site, largest_mask, known)
+    taken = _take_apart_once(site, config, known)
     if isinstance(taken[0], SkipReason):
-        return taken  # type: ignore[return-value]
+        return taken
     traced, parts = taken
     if parts.mask is None:
         return SkipReason.NOT_CAUSAL, "no mask"
@@ -78,23 +80,21 @@ def lift_site(site: AttentionSite, largest_mask: int, known: LiftedMasks) -> Lif
 
 
 def _take_apart_once(
-    site: AttentionSite, largest_mask: int, known: LiftedMasks
+    site: AttentionSite, config: SparsePrefillConfig, known: LiftedMasks
 ) -> tuple[TracedValue, ScoreParts] | Refusal:
     if not isinstance(site.scores, Masked):
-        return _try_to_take_apart(site, largest_mask)
+        return _try_to_take_apart(site, config)
     if site.scores.mask not in known:
-        known[site.scores.mask] = _try_to_take_apart(site, largest_mask)
+        known[site.scores.mask] = _try_to_take_apart(site, config)
     taken = known[site.scores.mask]
-    match taken:
-        case TracedValue() as traced, ScoreParts() as parts:
-            return traced, dataclasses.replace(parts, scale=_scale_of(site))
-        case refusal:
-            return refusal  # type: ignore[return-value]
+    if isinstance(taken[0], SkipReason):
+        return taken
+    return taken[0], dataclasses.replace(taken[1], scale=_scale_of(site))
 
 
-def _try_to_take_apart(site: AttentionSite, largest_mask: int) -> tuple[TracedValue, ScoreParts] | Refusal:
+def _try_to_take_apart(site: AttentionSite, config: SparsePrefillConfig) -> tuple[TracedValue, ScoreParts] | Refusal:
     try:
-        return _take_apart(site, largest_mask)
+        return _take_apart(site, config)
     except NotLiftableError as error:
         return SkipReason.MASK_NOT_LIFTED, str(error)
     except _EditedError as error:
@@ -107,20 +107,21 @@ def _scale_of(site: AttentionSite) -> float:
     return 1.0 if site.scale is None else site.scale
 
 
-def _take_apart(site: AttentionSite, largest_mask: int) -> tuple[TracedValue, ScoreParts]:
+def _take_apart(site: AttentionSite, config: SparsePrefillConfig) -> tuple[TracedValue, ScoreParts]:
     match site.scores:
         case Masked(mask=mask):
             traced = trace_value(mask)
             _check_edits(mask, traced, exempt=())
-            lifted = Lifter(traced, None, largest_mask).lift()
+            lifted = Lifter(traced, None, config.max_mask_elements, RULES).lift()
             return traced, split_mask(lifted, example_of(mask).dtype, _scale_of(site))
         case Logits(scores=scores, logits=logits, steps=steps):
             traced = trace_value(logits, product=scores)
             _check_edits(logits, traced, exempt=steps)
-            lifted = Lifter(traced, int(example_of(site.query).shape[1]), largest_mask).lift()
+            lifted = Lifter(traced, int(example_of(site.query).shape[1]), config.max_mask_elements, RULES).lift()
             parts = split_logit(lifted, example_of(logits).dtype)
             return traced, dataclasses.replace(parts, scale=parts.scale * _scale_of(site))
         case FlexMods() as mods:
+            _check_block_size(mods, config.block_size)
             return _take_flex_apart(mods, site)
         case _:
             raise NotLiftableError(f"{type(site.scores).__name__} has no formula")
@@ -148,6 +149,12 @@ def _check_edits(value: Node, traced: TracedValue, exempt: tuple[Node, ...]) -> 
 # FlexAttention's own functions
 
 
+def _check_block_size(mods: FlexMods, block_size: int) -> None:
+    own = tuple(mods.block_mask[-3:-1])
+    if own != (block_size, block_size):
+        raise NotLiftableError(f"its block mask has blocks of {own[0]} x {own[1]}, not {block_size} x {block_size}")
+
+
 def _take_flex_apart(mods: FlexMods, site: AttentionSite) -> tuple[TracedValue, ScoreParts]:
     captures = tuple(a for a in (*mods.score_captures, *mods.mask_captures) if isinstance(a, Node))
     graph = Graph()
@@ -165,7 +172,12 @@ def _take_flex_apart(mods: FlexMods, site: AttentionSite) -> tuple[TracedValue, 
 
 
 def _lift_function(
-    function: GraphModule, captures: tuple[Any, ...], leaves: dict[Node, Node], site: AttentionSite, *, takes_score: bool
+    function: GraphModule,
+    captures: tuple[Any, ...],
+    leaves: dict[Node, Node],
+    site: AttentionSite,
+    *,
+    takes_score: bool,
 ) -> LiftedElement:
     """Trace a mask_mod or score_mod, which is a formula already, into ATen ops."""
     nodes = [capture for capture in captures if isinstance(capture, Node)]
@@ -186,7 +198,7 @@ def _lift_function(
     for placeholder, name in zip(placeholders, names, strict=True):
         placeholder._rename(name)
     bound = {p: Capture(leaves[n], (None,) * _dims(n)) for p, n in zip(placeholders[5:], nodes, strict=True)}
-    ((element,),) = (graph.output_node().args,)
+    element: Any = graph.output_node().args[0]
     graph.erase_node(graph.output_node())
     return LiftedElement(graph, element, bound)
 

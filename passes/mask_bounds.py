@@ -8,14 +8,16 @@ A mask is a conjunction; each comparison in it is brought to the form ``0 <= f(q
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import Node
 
+from flexprefill_compile.passes.lift_mask import is_read_by_pair
 from flexprefill_compile.passes.split_scores import ElementFunction
+from flexprefill_compile.passes.trace import ancestors_of
 
 aten = torch.ops.aten
 QUERY, KEY = sympy.symbols("query key", integer=True)
@@ -58,7 +60,7 @@ class MaskBounds:
     is_given: bool
     is_plain: bool
 
-    def compute_offset(self, mask: ElementFunction, captures: list[Any], otherwise: Any) -> Any:
+    def compute_offset(self, mask: ElementFunction, captures: Sequence[Any], otherwise: Any) -> Any:
         """Evaluate ``offset`` on the values of the mask's captures; return ``otherwise`` where it isn't known."""
         if self.offset is None:
             return otherwise
@@ -78,7 +80,7 @@ def find_bounds(mask: ElementFunction) -> MaskBounds:
         is_causal=bool(positions) or any(map(_orders_values, margins)),
         offset=positions[0] if positions else None,
         is_packed=any(formulas.is_equality_of_sides(node) for node in conjuncts),
-        is_given=any(_is_read_by_pair(node) for node in conjuncts),
+        is_given=any(map(is_read_by_pair, ancestors_of(output))),
         is_plain=len(conjuncts) == 1 and positions == [0],
     )
 
@@ -111,21 +113,6 @@ def _orders_values(margin: sympy.Expr) -> bool:
     if len(of_query) != 1:
         return False
     return bool(sympy.expand(margin - of_query[0] + of_query[0].subs(QUERY, KEY)) == 0)
-
-
-def _is_read_by_pair(node: Node) -> bool:
-    """Tell whether a condition reads a tensor at both the query and the key."""
-    return any(
-        _packet(current) is aten.index and {"query", "key"} <= {str(n) for n in _ancestors(current)}
-        for current in _ancestors(node)
-    )
-
-
-def _ancestors(node: Node) -> set[Node]:
-    found = {node}
-    for source in node.all_input_nodes:
-        found |= _ancestors(source)
-    return found
 
 
 def _capture_names(mask: ElementFunction) -> list[str]:
@@ -163,10 +150,9 @@ class _Formulas:
             return self.expression_of(argument.args[0])
         if packet is aten.full_like:
             return sympy.sympify(argument.args[1])
-        if packet is aten.index:
-            source, indices = argument.args
-            return sympy.Function(f"{source}")(*map(self.expression_of, indices))  # type: ignore[arg-type]
         if packet in _ARITHMETIC and not argument.kwargs:
             return sympy.sympify(_ARITHMETIC[packet](*map(self.expression_of, argument.args)))
-        # Unknown, but a function of what it is computed from.
-        return sympy.Function(argument.name)(*(self.expression_of(a) for a in argument.all_input_nodes))
+        # A capture at some index, or an operation without a rule: an unknown function of what goes into it.
+        inputs = argument.args[1] if packet is aten.index else argument.all_input_nodes
+        name = str(argument.args[0]) if packet is aten.index else argument.name
+        return sympy.Function(name)(*map(self.expression_of, inputs))  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 from flexprefill_compile.block_masks.layout import BlockTables
 from flexprefill_compile.block_masks.prefill import causal_mask, create_block_mask
 from flexprefill_compile.config import SparsePrefillConfig
-from flexprefill_compile.passes.attention_site import AttentionSite, Logits, example_of
+from flexprefill_compile.passes.attention_site import AttentionSite, Logits, Masked, example_of
 from flexprefill_compile.passes.cpu_workarounds import realize_on_cpu
 from flexprefill_compile.passes.lift_mask import INDEX_NAMES
 from flexprefill_compile.passes.lift_site import LiftedSite
@@ -78,6 +78,8 @@ def rewrite_attention(lifted: LiftedSite, config: SparsePrefillConfig, sharing: 
     insert = _start_inserting(sharing.graph, site.node)
     with sharing.graph.inserting_before(site.node):
         inputs = [_insert_input(insert, site, x) for x in (site.query, site.key, site.value)]
+        if config.check_masks and isinstance(site.scores, Masked):
+            inputs[0] = sharing.check_mask(lifted, inputs[0], inputs[1], site.scores.mask)
         select = _select_causal if lifted.is_plain else _select_masked
         selection = select(insert, lifted, config, sharing, inputs)
         attention = _insert_attention(sharing, lifted, inputs, selection, config.block_size)
@@ -169,8 +171,10 @@ def _insert_attention(
     options = complete_kernel_options(_choose_kernel_options(lifted.site, block_size, *examples[1:]), *examples)
     attention = sharing.graph.call_function(
         flex_attention_hop,
-        (*inputs, selection.score, block_mask, lifted.parts.scale, options)
-        + (selection.score_captures, selection.mask_captures),
+        (
+            *(*inputs, selection.score, block_mask, lifted.parts.scale, options),
+            *(selection.score_captures, selection.mask_captures),
+        ),
     )
     query, value = examples[0], examples[2]
     attention.meta = lifted.site.node.meta | {"example_value": (query.new_empty(*query.shape[:-1], value.shape[-1]),)}

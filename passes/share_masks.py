@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from flexprefill_compile.passes.lift_site import LiftedMasks, LiftedSite
 from flexprefill_compile.passes.operands import shares_memory
 from flexprefill_compile.passes.operations import edited_inputs
 from flexprefill_compile.passes.split_scores import ElementFunction
-from flexprefill_compile.passes.trace import TracedValue, inline
+from flexprefill_compile.passes.trace import TracedValue, ancestors_of, inline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class MaskSharing:
     def describe(self, lifted: LiftedSite, query: Node, key: Node) -> SharedMask:
         """Return what the selections of a site's mask take. New nodes go where the graph is inserting."""
         mask = lifted.parts.mask
-        assert mask is not None  # noqa: S101 - only plain causal sites have none
+        assert mask is not None
         captures = self.capture(mask, lifted.traced)
         sizes = self.measure(query, key)
         tables = lifted.site.scores.block_mask if isinstance(lifted.site.scores, FlexMods) else None
@@ -95,7 +95,9 @@ class MaskSharing:
             uses = _IndexUse(bias)
 
             def compute(rows: Tensor, batch: int, heads: int, key_length: int, *values: Any) -> tuple[Tensor]:
-                indices = representative_indices(rows, batch if uses.batch else 1, heads if uses.heads else 1, key_length)
+                indices = representative_indices(
+                    rows, batch if uses.batch else 1, heads if uses.heads else 1, key_length
+                )
                 return (bias.module(*indices, *values),)
 
             sizes = shared.sizes
@@ -113,6 +115,24 @@ class MaskSharing:
         """Return the submodule name of a score_mod, one for all that are equal."""
         return self._score_names.setdefault(score_mod.code, f"flexprefill_score_{len(self._score_names) + 1}")
 
+    def check_mask(self, lifted: LiftedSite, query: Node, key: Node, materialised: Node) -> Node:
+        """Insert the comparison of a mask with its formula; return the node to use in place of ``query``."""
+        mask, bias = lifted.parts.mask, lifted.parts.bias
+        assert mask is not None
+        sizes = self.measure(query, key)
+        captures = [self.capture(function, lifted.traced) for function in (mask, bias) if function is not None]
+        device = example_of(query).device
+
+        def check(query: Tensor, materialised: Tensor, *values: Any) -> tuple[Tensor]:
+            shape, values = values[:4], values[4:]
+            indices = [torch.arange(n, device=device).view(-1, *[1] * (3 - dim)) for dim, n in enumerate(shape)]
+            visible = mask.module(*indices, *values[: len(captures[0])])
+            added = None if bias is None else bias.module(*indices, *values[len(captures[0]) :])
+            return (torch.ops.flexprefill.check_mask(query, materialised, visible, added),)
+
+        nodes = inline(self.graph, check, (query, materialised, *sizes, *(c for group in captures for c in group)))
+        return nodes[0]
+
     def capture(self, function: ElementFunction, traced: TracedValue) -> tuple[Any, ...]:
         """Return the nodes of a function's captures, as they are when the mask is built."""
         missing = [c for c in function.captures if self._identify(c, traced) not in self._captures]
@@ -124,7 +144,9 @@ class MaskSharing:
 
     def _identify(self, capture: Capture, traced: TracedValue) -> object:
         """Return what two captures have in common if they are one value: their computation and its leaves."""
-        computation = _print_computation(capture.node, dict(zip(traced.graph.find_nodes(op="placeholder"), traced.leaves, strict=True)))
+        computation = _print_computation(
+            capture.node, dict(zip(traced.graph.find_nodes(op="placeholder"), traced.leaves, strict=True))
+        )
         return computation, capture.positions
 
     def _insert_captures(self, captures: Sequence[Capture], traced: TracedValue) -> list[Any]:
@@ -190,13 +212,16 @@ class MaskSharing:
             if tables is None:
                 bounds = classify_blocks(mask.module, captured, measured, self.block_size, device)
             else:
-                num_k_blocks = count_blocks(measured.key_length, self.block_size)
-                partial, full = (unpack_blocks(*pair, num_k_blocks) for pair in (values[-4:-2], values[-2:]))
-                bounds = BlockBounds(certain=full, possible=partial | full)
+                bounds = _read_tables(values[-4:], count_blocks(measured.key_length, self.block_size))
+            # A ragged last block is left to the mask_mod, whose kernel minds where the keys end.
+            is_whole = torch.arange(bounds.certain.shape[-1], device=device) < measured.key_length // self.block_size
+            bounds = BlockBounds(bounds.certain & is_whole, bounds.possible)
             offset = lifted.bounds.compute_offset(mask, captured, measured.key_length - measured.query_length)
-            return tuple(describe_mask(mask.module, captured, measured, bounds, offset, lifted.bounds.is_packed, self.block_size))
+            return tuple(
+                describe_mask(mask.module, captured, measured, bounds, offset, lifted.bounds.is_packed, self.block_size)
+            )
 
-        nodes = inline(self.graph, compute, (*captures, *sizes, *(tables[2:6] if tables else ())))
+        nodes: list[Any] = list(inline(self.graph, compute, (*captures, *sizes, *(tables[2:6] if tables else ()))))
         return MaskFacts(*nodes)
 
 
@@ -206,7 +231,7 @@ class _CaptureReader(Interpreter):
     def __init__(self, traced: TracedValue, captures: Sequence[Capture]) -> None:
         super().__init__(GraphModule(traced.constants, traced.graph), garbage_collect_values=False)
         self.captures = captures
-        self.needed = set(_ancestors([capture.node for capture in captures]))
+        self.needed = ancestors_of(*(capture.node for capture in captures))
 
     def read(self, *leaves: Any) -> tuple[Any, ...]:
         for node, leaf in zip(self.graph.find_nodes(op="placeholder"), leaves, strict=True):
@@ -223,27 +248,17 @@ class _CaptureReader(Interpreter):
         return value[tuple(slice(None) if position is None else position for position in capture.positions)]
 
 
-def _ancestors(nodes: list[Node]) -> list[Node]:
-    found: dict[Node, None] = {}
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found[node] = None
-            waiting.extend(node.all_input_nodes)
-    return list(found)
-
-
 def _print_computation(node: Node, leaf_of: dict[Node, Node]) -> tuple[str, ...]:
     """Describe how a traced value is computed, so that equal descriptions are equal values."""
-    needed = [n for n in node.graph.nodes if n in set(_ancestors([node]))]
+    ancestors = ancestors_of(node)
+    needed = [n for n in node.graph.nodes if n in ancestors]
     names = {n: f"%{i}" for i, n in enumerate(needed)}
     lines = []
     for n in needed:
         if n in leaf_of:
             lines.append(f"{names[n]} = leaf {leaf_of[n].name}")
         else:
-            arguments = torch.fx.map_arg((n.args, n.kwargs), lambda a: names[a])
+            arguments = torch.fx.map_arg((n.args, n.kwargs), lambda a: cast("Any", names[a]))
             lines.append(f"{names[n]} = {n.target} {arguments}")
     return tuple(lines)
 
@@ -251,11 +266,21 @@ def _print_computation(node: Node, leaf_of: dict[Node, Node]) -> tuple[str, ...]
 def _first_after(leaves: tuple[Node, ...], graph: Graph) -> Node:
     """Return the first node after all of ``leaves`` and after the inputs, which come first in a graph."""
     remaining = set(leaves)
+    node: Node
     for node in graph.nodes:
         if not remaining and node.op not in ("placeholder", "get_attr"):
             return node
         remaining.discard(node)
     raise ValueError("the leaves are not in the graph")
+
+
+def _read_tables(tables: Sequence[Any], num_k_blocks: int) -> BlockBounds:
+    """Read the blocks that a FlexAttention call lists: those under its mask_mod, then the full ones, if any."""
+    partial = unpack_blocks(tables[0], tables[1], num_k_blocks)
+    if tables[2] is None:
+        return BlockBounds(certain=torch.zeros_like(partial), possible=partial)
+    full = unpack_blocks(tables[2], tables[3], num_k_blocks)
+    return BlockBounds(certain=full, possible=partial | full)
 
 
 class _IndexUse:

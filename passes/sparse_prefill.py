@@ -53,7 +53,7 @@ def find_attention(node: Node, config: SparsePrefillConfig, known: LiftedMasks) 
     match = match_attention(node, config)
     if not isinstance(match, AttentionSite):
         return match
-    lifted = lift_site(match, config.max_mask_elements, known)
+    lifted = lift_site(match, config, known)
     return lifted if isinstance(lifted, LiftedSite) else Skipped(match.name, match.shapes, *lifted)
 
 

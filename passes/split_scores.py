@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -21,7 +21,9 @@ from flexprefill_compile.passes.lift_mask import (
     LiftedElement,
     NotLiftableError,
     is_negation,
+    is_read_by_pair,
 )
+from flexprefill_compile.passes.trace import ancestors_of
 
 aten = torch.ops.aten
 
@@ -118,10 +120,10 @@ class _Splitter:
             factor, element = factor * own_factor, inner
         return factor, element
 
-    def _peel(self, node: Node, factor: float) -> Element | None:
+    def _peel(self, node: Node, factor: float) -> Any:
         """Take off the outermost mask, addend or cast, which ``factor`` scales; return what is inside, or None."""
         if node.target is aten._to_copy.default:
-            return node.args[0]  # type: ignore[return-value]
+            return node.args[0]
         if node.target is aten.where.self and factor > 0:
             return self._split_where(node)
         if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs:
@@ -129,17 +131,17 @@ class _Splitter:
             sign = 1.0 if node.target is aten.add.Tensor else -1.0
             if self._has_score(first):
                 self.split_addend(self._scale(second, sign * factor))
-                return first  # type: ignore[return-value]
+                return first
             if self._has_score(second) and sign == 1:
                 self.split_addend(self._scale(first, factor))
-                return second  # type: ignore[return-value]
+                return second
         return None
 
-    def _split_where(self, node: Node) -> Element | None:
+    def _split_where(self, node: Node) -> Any:
         """Turn where(condition, x, -inf) into a mask; return x, or None if neither branch hides the key."""
-        condition, if_true, if_false = node.args
+        condition, if_true, if_false = cast("Any", node.args)
         if self._is_lowest(if_false):
-            self.masks.append(condition)  # type: ignore[arg-type]
+            self.masks.append(condition)
             return self._value_of(if_true)
         if self._is_lowest(if_true):
             self.masks.append(self._negate(condition))
@@ -168,14 +170,18 @@ class _Splitter:
         elif element.target is aten.add.Tensor and not element.kwargs:
             for part in element.args:
                 self.split_addend(part)  # type: ignore[arg-type]
-        elif element.target is aten._to_copy.default and isinstance(element.args[0], Node) and element.args[0].target in (aten.where.self, aten.add.Tensor):
+        elif (
+            element.target is aten._to_copy.default
+            and isinstance(element.args[0], Node)
+            and element.args[0].target in (aten.where.self, aten.add.Tensor)
+        ):
             self.split_addend(element.args[0])
         elif element.target is aten.where.self and (rest := self._split_where(element)) is not None:
             self.split_addend(rest)
         elif element.target is aten.full_like.default:
             self.split_addend(self._value_of(element))
         else:
-            if self._reads_pair(element):
+            if is_read_by_pair(element):
                 self.masks.append(self.graph.call_function(aten.gt.Scalar, (element, self.lowest)))
             self.addends.append(element)
 
@@ -188,10 +194,6 @@ class _Splitter:
 
     # Helpers
 
-    def _reads_pair(self, element: Node) -> bool:
-        """Whether an element is read from a mask that exists: its -inf can't be seen in the graph."""
-        return element.target is aten.index.Tensor and {"query", "key"} <= {str(n) for n in _ancestors(element)}
-
     def _is_lowest(self, element: Any) -> bool:
         value = self._value_of(element)
         return isinstance(value, int | float) and value <= self.lowest
@@ -203,7 +205,7 @@ class _Splitter:
         return element
 
     def _has_score(self, element: Any) -> bool:
-        return isinstance(element, Node) and self.score in _ancestors(element)
+        return isinstance(element, Node) and self.score in ancestors_of(element)
 
     def _scale(self, element: Any, factor: float) -> Any:
         value = self._value_of(element)
@@ -212,7 +214,11 @@ class _Splitter:
         return value if factor == 1 else self.graph.call_function(aten.mul.Tensor, (value, factor))
 
     def _negate(self, condition: Any) -> Node:
-        return condition.args[0] if is_negation(condition) else self.graph.call_function(aten.logical_not.default, (condition,))
+        return (
+            condition.args[0]
+            if is_negation(condition)
+            else self.graph.call_function(aten.logical_not.default, (condition,))
+        )
 
     def _combine(self, target: Any, nodes: list[Node]) -> Node | None:
         combined = None
@@ -224,12 +230,16 @@ class _Splitter:
         """Copy what computes an element into a module of its own, with the captures that it reads."""
         if element is None:
             return None
-        needed = _ancestors(element)
+        needed = ancestors_of(element)
         if self.score in needed:
             raise NotLiftableError("a mask or a bias depends on the scores")
         graph = Graph()
-        copies = {node: graph.placeholder(node.name) for node in self.graph.find_nodes(op="placeholder") if node.name in INDEX_NAMES}
-        captures = []
+        copies = {
+            node: graph.placeholder(node.name)
+            for node in self.graph.find_nodes(op="placeholder")
+            if node.name in INDEX_NAMES
+        }
+        captures: list[Capture] = []
         for node in self.graph.nodes:
             if node in self.lifted.captures and node in needed:
                 copies[node] = graph.placeholder(f"capture_{len(captures) + 1}")
@@ -242,14 +252,3 @@ class _Splitter:
 
     def _in_order(self, nodes: set[Node]) -> list[Node]:
         return [node for node in self.graph.nodes if node in nodes]
-
-
-def _ancestors(node: Node) -> set[Node]:
-    found: set[Node] = set()
-    waiting = [node]
-    while waiting:
-        current = waiting.pop()
-        if current not in found:
-            found.add(current)
-            waiting.extend(current.all_input_nodes)
-    return found

@@ -1,6 +1,6 @@
 """From a dynamo graph to core ATen and back: trace what computes one value, and put traced code into a graph.
 
-    mask: causal[None, None] & pad[:, None, None, :].bool()  ->  unsqueeze, unsqueeze, slice, _to_copy, bitwise_and
+mask: causal[None, None] & pad[:, None, None, :].bool()  ->  unsqueeze, unsqueeze, slice, _to_copy, bitwise_and
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def trace_value(value: Node, product: Node | None = None) -> TracedValue:
     traced = trace(value.graph, GraphModule(owner if owner is not None else {}, copied), *map(example_of, leaves))
     constants = {str(node.target): getattr(traced, str(node.target)) for node in traced.graph.find_nodes(op="get_attr")}
     placeholders = dict(zip(leaves, traced.graph.find_nodes(op="placeholder"), strict=True))
-    return TracedValue(traced.graph, tuple(leaves), tuple(ancestors), constants, placeholders.get(product))
+    start = None if product is None else placeholders[product]
+    return TracedValue(traced.graph, tuple(leaves), tuple(ancestors), constants, start)
 
 
 def _is_number(node: Node) -> bool:
@@ -96,7 +97,7 @@ def _is_number(node: Node) -> bool:
 def _number_of(node: Node) -> int | float:
     """Return the constant that a node stands for; float() pins a symbolic one, as dynamo does with an SDPA's scale."""
     example = example_of(node)
-    return float(example) if isinstance(example, SymFloat) else example  # type: ignore[no-any-return]
+    return float(example) if isinstance(example, SymFloat) else example
 
 
 def _addend_of(baddbmm: Node) -> list[Node]:
@@ -108,7 +109,8 @@ def _addend_of(baddbmm: Node) -> list[Node]:
 def _copy_baddbmm(graph: Graph, node: Node, product: Node, copies: dict[Node, Any]) -> Node:
     """Write a baddbmm as a sum: beta * input + alpha * product."""
     addend = copies[argument(node, 0, "input", "self")]
-    beta, alpha = (copies.get(factor, factor) for factor in (node.kwargs.get(name, 1) for name in ("beta", "alpha")))
+    factors: list[Any] = [node.kwargs.get(name, 1) for name in ("beta", "alpha")]
+    beta, alpha = (copies[factor] if isinstance(factor, Node) else factor for factor in factors)
     scaled = [graph.call_function(torch.mul, (x, factor)) for x, factor in ((product, alpha), (addend, beta))]
     return graph.call_function(torch.add, tuple(scaled))
 
@@ -123,6 +125,18 @@ def _find_ancestors(value: Node, is_leaf: Callable[[Node], bool], product: Node 
             if not is_leaf(node) and not _is_number(node):
                 waiting.extend(_addend_of(node) if node is product else node.all_input_nodes)
     return [node for node in value.graph.nodes if node in found]
+
+
+def ancestors_of(*nodes: Node) -> set[Node]:
+    """Return the nodes of a graph that some nodes are computed from, themselves included."""
+    found: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
+    return found
 
 
 def trace(graph: Graph, function: Callable[..., Any], *examples: Any) -> GraphModule:

@@ -51,9 +51,11 @@ def rewrite_graphs(
     return inspect_graphs(rewrite, call, *inputs, dynamic=dynamic), sites
 
 
-def find_sites(call: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> list[Site]:
+def find_sites(
+    call: Callable[..., Any], *inputs: Any, config: SparsePrefillConfig = CONFIG, dynamic: bool | None = None
+) -> list[Site]:
     """Return what becomes of each attention call."""
-    return rewrite_graphs(call, *inputs, dynamic=dynamic)[1]
+    return rewrite_graphs(call, *inputs, config=config, dynamic=dynamic)[1]
 
 
 def targets(graph_module: GraphModule) -> list[Any]:
@@ -77,7 +79,7 @@ def match_graphs(
 
     def backend(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         nodes = (node for module in graph_modules(graph_module) for node in module.graph.nodes)
-        matches.extend(match for node in nodes if (match := match_attention(node, CONFIG.min_length)) is not None)
+        matches.extend(match for node in nodes if (match := match_attention(node, CONFIG)) is not None)
         return Recorder(graph_module).run
 
     torch._dynamo.reset()

@@ -55,7 +55,7 @@ def test_the_demo_compares_dense_and_sparse(
 
 def test_the_demo_says_why_attention_stayed_dense() -> None:
     shapes = AttentionShapes("1x4x300x16", "1x2x300x16", "float32")
-    report = RewriteReport((Skipped("model.layers.0", shapes, SkipReason.EXPLICIT_MASK),) * 2)
+    report = RewriteReport((Skipped("model.layers.0", shapes, SkipReason.NOT_CAUSAL),) * 2)
     dense, sparse = (
         Prefill(abs, first_s=2.0, times_s=[0.5], loss=1.0, predictions=torch.tensor([1, 2])) for _ in range(2)
     )

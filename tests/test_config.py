@@ -47,6 +47,8 @@ def test_the_defaults_are_the_papers() -> None:
         "max_budget": None,
         "block_size": 128,
         "min_length": 4096,
+        "max_mask_elements": 2**26,
+        "check_masks": False,
         "estimator": "flexprefill",
         "on_skip": "keep",
     }

@@ -116,7 +116,7 @@ def test_diagonal_is_masked_and_what_is_below_is_full(selected: Tensor) -> None:
 @given(selected=selections, ragged=st.integers(0, 15))
 def test_mask_of_the_tables_holds_the_selection(selected: Tensor, ragged: int) -> None:
     length = selected.shape[-1] * 16 - ragged
-    mask = create_block_mask(pack_causal_blocks(selected), length, 16)
+    mask = create_block_mask(pack_causal_blocks(selected), length, length, 16)
     assert torch.equal(mask.to_dense().bool(), selected)
 
 
@@ -125,7 +125,7 @@ def test_mask_of_the_tables_holds_the_selection(selected: Tensor, ragged: int) -
 def test_full_and_masked_blocks_of_a_dense_selection_are_those_of_torch(length: int, block_size: int) -> None:
     num_blocks = count_blocks(length, block_size)
     grid = create_causal_grid(num_blocks, torch.device("cpu")).expand(1, 1, -1, -1)
-    mask = create_block_mask(pack_causal_blocks(grid), length, block_size)
+    mask = create_block_mask(pack_causal_blocks(grid), length, length, block_size)
     expected = flex_attention.create_block_mask(causal_mask, 1, 1, length, length, device="cpu", BLOCK_SIZE=block_size)
     assert torch.equal(mask.to_dense(), expected.to_dense())
     # Torch pads queries with False and calls the ragged last row masked; rows that don't exist need no mask.

@@ -49,10 +49,22 @@ def test_finds_the_call_by_every_name_and_in_every_spelling(call: Callable[..., 
 MASK = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
 
 
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def edited_mask() -> Tensor:
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    mask[:, :4] = True
+    return mask
+
+
 @pytest.mark.parametrize(
     ("reason", "call", "inputs"),
     [
-        (SkipReason.EXPLICIT_MASK, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MASK), qkv()),
+        (SkipReason.MASK_EDITED, lambda q, k, v: masked(q, k, v, edited_mask()), qkv()),
+        (SkipReason.MASK_NOT_LIFTED, lambda q, k, v: masked(q, k, v, MASK.float().exp() @ MASK.float() > 1), qkv()),
+        (SkipReason.NOT_CAUSAL, lambda q, k, v: masked(q, k, v, torch.arange(LENGTH) < 10), qkv()),
         (SkipReason.NOT_CAUSAL, F.scaled_dot_product_attention, qkv()),
         (SkipReason.DROPOUT, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.1, True), qkv()),
         (SkipReason.GRADIENT, causal, qkv(requires_grad=True)),
@@ -107,7 +119,7 @@ def test_no_grad_inside_the_model_is_enough() -> None:
 def test_matching_changes_nothing() -> None:
     def match_all(graph_module: GraphModule) -> bool:
         before = graph_module.print_readable(print_output=False)
-        assert len(find_signatures(graph_module, CONFIG.min_length)) == 1
+        assert len(find_signatures(graph_module, CONFIG)) == 1
         return graph_module.print_readable(print_output=False) == before
 
     assert inspect_graphs(match_all, causal, *qkv()) == [True]
