@@ -14,12 +14,16 @@ from inputs import qk_of_scores, random_qk, structured_qk
 from torch import Tensor
 
 from flexprefill_compile.block_masks import representative
+from flexprefill_compile.block_masks.intervals import BlockBounds
 from flexprefill_compile.block_masks.layout import AttentionSizes, count_blocks
-from flexprefill_compile.block_masks.mask_facts import MaskFacts, representative_indices
+from flexprefill_compile.block_masks.mask_facts import MaskFacts, describe_mask, representative_indices
 from flexprefill_compile.block_masks.masked_prefill import list_runs, select_masked_prefill_blocks
 from flexprefill_compile.block_masks.masked_representative import ScoreRule, compute_masked_attention
+from flexprefill_compile.block_masks.patterns import is_masked_query_aware
 from flexprefill_compile.block_masks.prefill import select_prefill_blocks
+from flexprefill_compile.block_masks.query_aware import select_masked_query_aware
 from flexprefill_compile.block_masks.reference import select_head
+from flexprefill_compile.block_masks.runs import Runs
 from flexprefill_compile.block_masks.select import select_cumulative
 from flexprefill_compile.config import SparsePrefillConfig
 
@@ -292,7 +296,8 @@ def test_the_pooled_estimate_is_capped_as_the_scores_are() -> None:
     query, key = draw_qk(1, 1, 200)
     sizes = AttentionSizes(1, 1, 200, 200)
     facts = masks.find_facts(masks.causal, sizes, BLOCK)
-    config = SparsePrefillConfig(gamma=0.6, tau=1, min_budget=0, block_size=BLOCK)
+    # Capped, the attention is almost even, and trusted only if the estimate of Algorithm 2 is capped too.
+    config = SparsePrefillConfig(gamma=0.6, tau=0.2, min_budget=0, block_size=BLOCK)
     means = [torch.stack([tokens.mean(-2) for tokens in x.split(BLOCK, -2)], -2) for x in (query, key)]
     logits = 0.1 * torch.tanh(means[0] @ means[1].repeat_interleave(2, 1).mT * 4 / 0.1)
     mass = logits.masked_fill(~facts.possible, -torch.inf).softmax(-1)
@@ -332,13 +337,36 @@ def test_heads_that_read_nan_or_inf_get_every_possible_block_and_no_other_head_d
     assert torch.equal(select_masked_prefill_blocks(*tensors, facts, RULE, config), expected)
 
 
-def test_head_whose_scores_overflow_gets_every_possible_block() -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_head_whose_scores_overflow_gets_every_possible_block(biased: bool) -> None:
     query, key = random_qk(0, 1, 2, 1, 200, 16, dtype=torch.float32)
-    query[0, 1, -1], key[0, 0, 3] = 1e25, 1e25
+    # One score is 1e40 times the scale. The means of blocks stay small enough for theirs.
+    query[0, 1, -1, 0], key[0, 0, 3, 0] = 1e20, 1e20
     facts = masks.find_facts(masks.causal, AttentionSizes(1, 1, 200, 200), BLOCK)
+    rule = ScoreRule(SCALE, None, torch.zeros(facts.row_mask.shape) if biased else None)
     config = SparsePrefillConfig(gamma=0.3, min_budget=0, block_size=BLOCK)
-    selected = select(query, key, facts, config)
+    selected = select_masked_prefill_blocks(query, key, None, facts, rule, config)
     assert torch.equal(selected[0, 1], facts.possible[0, 0])
+    assert not torch.equal(selected[0, 0], facts.possible[0, 0])
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=seeds, lengths=masks.packings(BLOCK), config=configs(), is_packed=st.booleans())
+def test_blocks_not_proven_empty_change_nothing(
+    seed: int, lengths: list[list[int]], config: SparsePrefillConfig, is_packed: bool
+) -> None:
+    """Bounds that know no more than causality: what other sequences and padding hold is found out from the tokens."""
+    batch, total = len(lengths), sum(lengths[0])
+    query, key = draw_qk(seed, batch, total)
+    sizes = AttentionSizes(batch, 1, total, total)
+    starts = [0 if is_packed or len(row) == 1 else row[0] for row in lengths]
+    stops = [total - min(row[-1] - 1, 40) for row in lengths]
+    mask = masks.padded(starts, stops, masks.packed(lengths) if is_packed else masks.causal)
+    exact = masks.find_facts(mask, sizes, BLOCK, is_packed=is_packed)
+    causal = torch.ones_like(exact.possible).tril()
+    loose = describe_mask(mask, (), sizes, BlockBounds(torch.zeros_like(causal), causal), 0, is_packed, BLOCK)
+    counts = exact.query_counts.any(-1)[:, None, :, None]
+    assert torch.equal(select(query, key, loose, config) & counts, select(query, key, exact, config) & counts)
 
 
 def test_a_mask_without_valid_keys_is_computed_whole() -> None:
@@ -366,3 +394,21 @@ def test_heads_with_masks_of_their_own_keep_to_them() -> None:
         facts = masks.find_facts(masks.window(width), AttentionSizes(1, 1, 200, 200), BLOCK)
         one = slice(head, head + 1)
         assert torch.equal(together[:, one], select(query[:, one], key[:, one], facts, config))
+
+
+def test_a_pattern_is_judged_by_the_blocks_that_the_representative_queries_see() -> None:
+    is_seen = torch.tensor([[[False, True, True, True]]])
+    logits = torch.tensor([[[9.0, 1.0, 2.0, 3.0]]])
+    columns = torch.nn.functional.pad(logits[..., 1:].softmax(-1), (1, 0))
+    assert is_masked_query_aware(logits, is_seen, columns, 0.01, None).all()
+    assert not is_masked_query_aware(logits, torch.ones_like(is_seen), columns, 0.01, None).any()
+
+
+def test_one_packed_sequence_is_estimated_as_one_prompt() -> None:
+    """Where every block is possible, so that no zeros stand at the end of the sorted estimate."""
+    logits, runs = torch.randn(2, 3, 6, 6, dtype=torch.float64), Runs(torch.zeros(6).long(), torch.full((6,), 5))
+    candidates = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    for gamma in (0.3, 0.7, 0.999):
+        packed, _ = select_masked_query_aware(logits.clone(), candidates, gamma, runs)
+        alone, _ = select_masked_query_aware(logits.clone(), candidates, gamma, None)
+        assert torch.equal(packed, alone)
