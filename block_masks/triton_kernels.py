@@ -1,0 +1,304 @@
+"""The selection of ``prefill.select_prefill_blocks`` in six launches on a GPU: what each kernel takes, and where it goes.
+
+    pool_inputs -> score_representative -> finish_representative -> estimate_attention -> find_thresholds -> pack_blocks
+
+Launch shapes depend on the sizes alone; which heads are query-aware is decided on the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from flexprefill_compile.block_masks.layout import BlockTables, count_blocks
+from flexprefill_compile.block_masks.triton_representative import (
+    finish_representative,
+    pool_inputs,
+    score_representative,
+)
+from flexprefill_compile.block_masks.triton_selection import estimate_attention, find_thresholds, pack_blocks
+from flexprefill_compile.config import SparsePrefillConfig
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_HEAD_DIM = 256
+MOST_BLOCKS = 16384  # a row of the grid is one vector of registers
+MAPS_AT_ONCE_BYTES = 2**29  # of pooled attention, float32: more heads take more launches
+# Enough programs to fill the largest GPU of today a few times over.
+SCORE_PROGRAMS = 1024
+
+
+def try_select(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    scale: float,
+    config: SparsePrefillConfig,
+    widths: tuple[int, int],
+) -> BlockTables | None:
+    """Select by the kernels, or return None where they don't take the inputs or the GPU is too small for a tile."""
+    if not can_select(query, value, config):
+        return None
+    try:
+        return select_prefill_tables(query, key, value, scale, config, widths)
+    except triton.OutOfResources as error:
+        logger.warning("blocks are selected by plain PyTorch, slower: %s", error)
+        return None
+
+
+def can_select(query: Tensor, value: Tensor | None, config: SparsePrefillConfig) -> bool:
+    """Tell whether the kernels take these inputs."""
+    value_dim = 0 if value is None else value.shape[-1]
+    return (
+        query.dtype in DTYPES
+        and max(query.shape[-1], value_dim) <= LARGEST_HEAD_DIM
+        and count_blocks(query.shape[-2], config.block_size) <= MOST_BLOCKS
+    )
+
+
+def select_prefill_tables(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    scale: float,
+    config: SparsePrefillConfig,
+    widths: tuple[int, int],
+) -> BlockTables:
+    """Select and pack the blocks of causal attention.
+
+    The blocks are those of ``select_prefill_blocks``, but for masses within rounding of a threshold. Beside the
+    result, memory peaks at the pooled query, at four numbers for each 1 / block_size of the representative scores, and
+    at the maps of pooled attention, (B, H, num_blocks, num_blocks) float32 or ``MAPS_AT_ONCE_BYTES``, whichever is
+    less, but no less than one map.
+
+    Args:
+        query: (B, H, S, D), one of ``DTYPES``, any strides.
+        key: (B, Hkv, S, D), of the same dtype.
+        value: (B, Hkv, S, Dv), read for its NaN and inf only; None is not to look.
+        scale: Factor on the scores.
+        config: What to select.
+        widths: Columns of the tables of diagonal and of full blocks.
+    """
+    launch = _Launch(query, key, value, scale, config)
+    launch.read_inputs()
+    return launch.select(widths)
+
+
+def choose_score_tiles(group_rows: int, block_size: int, width: int, element_size: int) -> tuple[int, int, int, int]:
+    """Return the rows and keys of a tile of scores, its warps and its pipeline stages."""
+    rows = min(128 if element_size == 2 else 64, max(16, triton.next_power_of_2(group_rows)))
+    keys = min(block_size, max(16, 2**15 // (width * element_size)))
+    return rows, keys, 8 if rows == 128 else 4, 3 if element_size == 2 else 2
+
+
+class _Launch:
+    """The buffers of one selection."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor | None, scale: float, config: SparsePrefillConfig
+    ) -> None:
+        self.query, self.key, self.value, self.scale, self.config = query, key, value, scale, config
+        self.batch, self.heads, self.length, self.head_dim = query.shape
+        self.kv_heads = key.shape[1]
+        self.block_size = config.block_size
+        self.num_blocks = count_blocks(self.length, self.block_size)
+        self.num_rows = min(self.length, self.block_size)
+        self.is_ragged = (self.length - self.num_rows) % self.block_size != 0
+        self.width = max(16, triton.next_power_of_2(self.head_dim))
+
+        def empty(*shape: int) -> Tensor:
+            return query.new_empty(shape, dtype=torch.float32)
+
+        heads, kv_heads = self.batch * self.heads, self.batch * self.kv_heads
+        self.pooled_query = empty(heads, self.num_blocks, self.head_dim)
+        self.pooled_key = empty(kv_heads, self.num_blocks, self.head_dim)
+        self.query_peak = empty(heads, self.num_blocks)
+        self.key_peak = empty(kv_heads, self.num_blocks)
+        self.value_peak = empty(kv_heads, self.num_blocks)
+        self.profiles = empty(heads, 2, self.num_blocks)
+        self.patterns = query.new_empty(heads, dtype=torch.int32)
+
+    def read_inputs(self) -> None:
+        """Pool the inputs, score the representative queries, and choose each head's pattern."""
+        if self.config.gamma == 1 and self.config.max_budget is None:
+            self.patterns.zero_()  # every block
+            return
+        query, key, value = self.query, self.key, self.value
+        looked_at = query if value is None else value
+        value_width = triton.next_power_of_2(looked_at.shape[-1])
+        kinds = self.heads + self.kv_heads * (1 if value is None else 2)
+        pool_inputs[(self.num_blocks, self.batch * kinds)](
+            query,
+            key,
+            looked_at,
+            self.pooled_query,
+            self.pooled_key,
+            self.query_peak,
+            self.key_peak,
+            self.value_peak,
+            self.length,
+            self.num_blocks,
+            self.batch,
+            self.heads,
+            self.kv_heads,
+            *query.stride(),
+            *key.stride(),
+            *looked_at.stride(),
+            HEAD_DIM=self.head_dim,
+            VALUE_DIM=looked_at.shape[-1],
+            WIDTH=self.width,
+            VALUE_WIDTH=value_width,
+            BLOCK=self.block_size,
+            TOKENS=min(self.block_size, 16384 // max(self.width, value_width)),
+            num_warps=8,
+        )
+
+        group_rows = self.heads // self.kv_heads * self.num_rows
+        rows, keys, num_warps, num_stages = choose_score_tiles(
+            group_rows, self.block_size, self.width, query.element_size()
+        )
+        row_tiles = triton.cdiv(group_rows, rows)
+        programs = row_tiles * self.batch * self.kv_heads
+        chunk_blocks = max(1, self.num_blocks * programs // SCORE_PROGRAMS)
+        masses = query.new_empty(
+            (4 if self.is_ragged else 3, self.batch * self.kv_heads, self.num_blocks, group_rows), dtype=torch.float32
+        )
+        score_representative[(row_tiles, triton.cdiv(self.num_blocks, chunk_blocks), self.batch * self.kv_heads)](
+            query,
+            key,
+            masses,
+            self.scale * math.log2(math.e),
+            self.length,
+            self.num_blocks,
+            self.num_rows,
+            group_rows,
+            masses.stride(0),
+            chunk_blocks,
+            self.kv_heads,
+            *query.stride(),
+            *key.stride(),
+            HEAD_DIM=self.head_dim,
+            WIDTH=self.width,
+            BLOCK=self.block_size,
+            ROWS=rows,
+            KEYS=keys,
+            IS_RAGGED=self.is_ragged,
+            PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+
+        finish_representative[(self.batch * self.heads,)](
+            query,
+            self.pooled_key,
+            self.query_peak,
+            self.key_peak,
+            self.value_peak,
+            masses,
+            query.new_empty((self.batch * self.heads, 4, self.num_blocks), dtype=torch.float32),
+            self.profiles,
+            self.patterns,
+            self.scale,
+            self.config.tau,
+            self.length,
+            self.num_blocks,
+            self.num_rows,
+            masses.stride(0),
+            self.heads,
+            self.kv_heads,
+            *query.stride(),
+            HEAD_DIM=self.head_dim,
+            WIDTH=self.width,
+            BLOCK=self.block_size,
+            TILE=max(1, 8192 // max(self.block_size, self.width)),
+            NUM_BLOCKS=triton.next_power_of_2(self.num_blocks),
+            IS_RAGGED=self.is_ragged,
+            HAS_VALUE=value is not None,
+            num_warps=8,
+        )
+
+    def select(self, widths: tuple[int, int]) -> BlockTables:
+        """Choose and pack, a number of heads at a time."""
+        counts = (self.batch, self.heads, self.num_blocks)
+        tables = BlockTables(
+            *(
+                self.query.new_empty(shape, dtype=torch.int32)
+                for width in widths
+                for shape in (counts, (*counts, width))
+            )
+        )
+        num_heads = self.batch * self.heads
+        at_once = min(num_heads, max(1, MAPS_AT_ONCE_BYTES // (4 * self.num_blocks**2)))
+        has_maps = self.config.tau > 0
+        maps = self.profiles.new_empty(at_once if has_maps else 0, self.num_blocks, self.num_blocks)
+        thresholds = self.profiles.new_empty(num_heads, 2)
+        last_ties = self.patterns.new_empty(num_heads, 2)
+        for first in range(0, num_heads, at_once):
+            self._select_heads(first, min(at_once, num_heads - first), maps, thresholds, last_ties, tables)
+        return tables
+
+    def _select_heads(
+        self, first: int, count: int, maps: Tensor, thresholds: Tensor, last_ties: Tensor, tables: BlockTables
+    ) -> None:
+        config, num_blocks = self.config, self.num_blocks
+        if config.tau > 0:
+            tile = 64 if self.width <= 128 else 32
+            estimate_attention[(triton.cdiv(num_blocks, tile), count)](
+                self.pooled_query,
+                self.pooled_key,
+                self.patterns,
+                maps,
+                self.scale * math.log2(math.e),
+                first,
+                num_blocks,
+                self.heads,
+                self.kv_heads,
+                HEAD_DIM=self.head_dim,
+                WIDTH=self.width,
+                TILE=tile,
+                num_warps=4,
+            )
+        columns = min(triton.next_power_of_2(num_blocks), 4096)
+        if config.gamma < 1:
+            find_thresholds[(2, count)](
+                self.profiles,
+                maps,
+                self.patterns,
+                thresholds,
+                last_ties,
+                config.gamma,
+                first,
+                num_blocks,
+                TILE_ROWS=min(columns, 4096 // columns),
+                TILE_COLUMNS=columns,
+                SECTIONS=8,
+                num_warps=16,
+            )
+        pack_blocks[(count * num_blocks,)](
+            self.profiles,
+            maps,
+            self.patterns,
+            thresholds,
+            last_ties,
+            self.key_peak,
+            self.value_peak,
+            *tables,
+            first,
+            num_blocks,
+            self.heads,
+            self.kv_heads,
+            tables.kv_indices.shape[-1],
+            tables.full_kv_indices.shape[-1],
+            count_blocks(config.min_budget, self.block_size),
+            0 if config.max_budget is None else config.max_budget // self.block_size,
+            NUM_BLOCKS=triton.next_power_of_2(num_blocks),
+            IS_DENSE=config.gamma == 1,
+            HAS_CEILING=config.max_budget is not None,
+            HAS_VALUE=self.value is not None,
+            num_warps=max(1, min(8, num_blocks // 1024)),
+        )
