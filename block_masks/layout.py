@@ -12,8 +12,8 @@ class BlockTables(NamedTuple):
     """The blocks to compute, as FlexAttention reads them: int32, columns in ascending order.
 
     ``kv_*`` lists the blocks on which the mask_mod runs, ``full_kv_*`` those that no mask touches. Counts are
-    (B, H, num_blocks), indices (B, H, num_blocks, width); entries beyond a row's count are valid but unused. A width
-    of num_blocks always does; ``ops.index_widths`` says when less does.
+    (B, H, num_blocks), indices (B, H, num_blocks, width); entries beyond a row's count are unused. A width
+    of num_blocks always does; ``ops.index_width`` says when less does.
     """
 
     kv_num_blocks: Tensor
@@ -58,7 +58,7 @@ def create_causal_grid(num_blocks: int, device: torch.device) -> Tensor:
     return torch.ones(num_blocks, num_blocks, dtype=torch.bool, device=device).tril()
 
 
-def pack_causal_blocks(selected: Tensor, widths: tuple[int, int] | None = None) -> BlockTables:
+def pack_causal_blocks(selected: Tensor, width: int | None = None) -> BlockTables:
     """Pack a causal selection, split into the masked diagonal and the full blocks below it.
 
     A block below the diagonal is full: each of its keys comes before each of its queries. The ragged last key
@@ -66,16 +66,12 @@ def pack_causal_blocks(selected: Tensor, widths: tuple[int, int] | None = None) 
 
     Args:
         selected: (B, H, num_blocks, num_blocks) bool, nothing above the diagonal.
-        widths: Columns of the indices of diagonal and of full blocks, at least the counts; num_blocks by default.
+        width: Columns of the indices, at least the largest count; num_blocks by default.
     """
-    num_blocks = selected.shape[-1]
-    diagonal_width, full_width = widths or (num_blocks, num_blocks)
-    return BlockTables(
-        *_pack(selected & ~selected.tril(-1), diagonal_width), *_pack(selected.tril(-1), full_width)
-    )
+    return BlockTables(*_pack(selected & ~selected.tril(-1), width), *_pack(selected.tril(-1), width))
 
 
-def _pack(selected: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _pack(selected: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
     num_blocks = selected.shape[-1]
     columns = torch.arange(num_blocks, dtype=torch.int32, device=selected.device)
     # Selected columns sort before the others, each kind in ascending order, so no row needs its own length.

@@ -27,7 +27,7 @@ from flexprefill_compile.block_masks.representative import compute_representativ
 from flexprefill_compile.block_masks.select import apply_budget
 from flexprefill_compile.block_masks.vertical_slash import select_vertical_slash
 from flexprefill_compile.config import SparsePrefillConfig
-from flexprefill_compile.ops import SELECT_BLOCKS, index_widths
+from flexprefill_compile.ops import SELECT_BLOCKS, index_width
 
 
 def create_prefill_block_mask(
@@ -50,7 +50,7 @@ def create_prefill_block_mask(
     check_query_and_key(query, key)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     num_blocks = count_blocks(query.shape[-2], config.block_size)
-    tables = select_prefill_tables(query, key, None, scale, config, (num_blocks, num_blocks))
+    tables = select_prefill_tables(query, key, None, scale, config, num_blocks)
     return create_block_mask(tables, query.shape[-2], config.block_size)
 
 
@@ -101,14 +101,14 @@ def select_prefill_tables(
     value: Tensor | None,
     scale: float,
     config: SparsePrefillConfig,
-    widths: tuple[int, int],
+    width: int,
 ) -> BlockTables:
     """Select and pack, on a GPU by the kernels of ``triton_kernels`` where they take the inputs."""
     if query.is_cuda:
-        tables = _select_by_kernels(query, key, value, scale, config, widths)
+        tables = _select_by_kernels(query, key, value, scale, config, width)
         if tables is not None:
             return tables
-    return pack_causal_blocks(select_prefill_blocks(query, key, value, scale, config), widths)
+    return pack_causal_blocks(select_prefill_blocks(query, key, value, scale, config), width)
 
 
 def _select_by_kernels(
@@ -117,13 +117,14 @@ def _select_by_kernels(
     value: Tensor | None,
     scale: float,
     config: SparsePrefillConfig,
-    widths: tuple[int, int],
+    width: int,
 ) -> BlockTables | None:
     try:
         from flexprefill_compile.block_masks import triton_kernels  # noqa: PLC0415  (Triton is not on every platform)
     except ImportError:
         return None
-    return triton_kernels.try_select(query, key, value, scale, config, widths)
+    tables: BlockTables | None = triton_kernels.try_select(query, key, value, scale, config, width)
+    return tables
 
 
 def select_prefill_blocks(
@@ -177,10 +178,10 @@ def select_prefill_blocks(
         value_is_finite = torch.isfinite(_largest_by_block(value, block_size)).repeat_interleave(group, dim=1)
         block_is_finite &= value_is_finite
         is_finite &= value_is_finite.all(-1)
-    is_finite = is_finite[..., None, None]
+    keeps = is_finite[..., None, None]
     return apply_budget(
-        torch.where(is_finite, selected, causal),
-        torch.where(is_finite, score, (~block_is_finite).to(dtype).unsqueeze(-2)),
+        torch.where(keeps, selected, causal),
+        torch.where(keeps, score, (~block_is_finite).to(dtype).unsqueeze(-2)),
         causal,
         min_blocks=count_blocks(config.min_budget, block_size),
         max_blocks=None if config.max_budget is None else config.max_budget // block_size,
@@ -218,8 +219,8 @@ def _select_blocks(
         block_size=block_size,
         estimator=estimator,
     )
-    widths = index_widths(count_blocks(query.shape[-2], block_size), block_size, max_budget, query.device.type)
-    tables = select_prefill_tables(query, key, value, scale, config, widths)
+    width = index_width(count_blocks(query.shape[-2], block_size), block_size, max_budget, query.device.type)
+    tables = select_prefill_tables(query, key, value, scale, config, width)
     record(tables)
     return tables
 

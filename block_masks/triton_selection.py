@@ -1,7 +1,8 @@
 """Triton kernels that choose blocks: the pooled estimate, the thresholds that reach gamma, budgets and packing.
 
     estimate_attention    pooled query x pooled key -> the attention of query-aware heads
-    find_thresholds       the mass from which on entries reach gamma, for each profile and each map
+    find_thresholds       the mass from which on entries reach gamma, for each profile and each small map
+    narrow_thresholds     the same for large maps, in several launches
     pack_blocks           thresholds, budgets, sink and diagonal -> FlexAttention's tables
 
 Nothing is sorted. An entry is selected if its mass lies above a threshold, or equals it and stands no further right
@@ -14,6 +15,8 @@ import triton
 import triton.language as tl
 
 from flexprefill_compile.block_masks.triton_representative import EVERY_BLOCK, QUERY_AWARE
+
+ABOVE_ONE = tl.constexpr(0x3F800100)  # bits of a float32 just above 1, which no mass exceeds
 
 
 @triton.jit
@@ -40,25 +43,19 @@ def estimate_attention(
     if tl.load(patterns + program) != QUERY_AWARE:
         return
     batch_kv = program // heads * kv_heads + program % heads // (heads // kv_heads)
-    feature = tl.arange(0, WIDTH)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    queries = tl.load(
-        pooled_query + program * num_blocks * HEAD_DIM + row[:, None] * HEAD_DIM + feature[None, :],
-        mask=(row < num_blocks)[:, None] & (feature < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    queries = queries * scale_log2e
+    pooled_query += program * (num_blocks + 1) * HEAD_DIM
     pooled_key += batch_kv * num_blocks * HEAD_DIM
     stop = tl.minimum((tl.program_id(0) + 1) * TILE, num_blocks)
     largest = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     for start in range(0, stop, TILE):
-        scores = _score_tile(queries, pooled_key, row, start, num_blocks, HEAD_DIM, WIDTH, TILE)
+        scores = _score_tile(pooled_query, pooled_key, scale_log2e, row, start, num_blocks, HEAD_DIM, WIDTH, TILE)
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         total = total * tl.exp2(largest - new_largest) + tl.sum(tl.exp2(scores - new_largest[:, None]), 1)
         largest = new_largest
     for start in range(0, stop, TILE):
-        scores = _score_tile(queries, pooled_key, row, start, num_blocks, HEAD_DIM, WIDTH, TILE)
+        scores = _score_tile(pooled_query, pooled_key, scale_log2e, row, start, num_blocks, HEAD_DIM, WIDTH, TILE)
         shares = tl.exp2(scores - largest[:, None]) / total[:, None]
         column = start + tl.arange(0, TILE)
         inside = (row < num_blocks)[:, None] & (column < num_blocks)[None, :]
@@ -67,8 +64,9 @@ def estimate_attention(
 
 @triton.jit
 def _score_tile(
-    queries: tl.tensor,
+    pooled_query: tl.tensor,
     pooled_key: tl.tensor,
+    scale_log2e: float,
     row: tl.tensor,
     start: int,
     num_blocks: int,
@@ -76,12 +74,25 @@ def _score_tile(
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
 ) -> tl.tensor:
+    """Return the causal scores of a tile, (TILE, TILE) float32, a number of features at a time."""
+    features: tl.constexpr = WIDTH if WIDTH < 64 else 64
     column = start + tl.arange(0, TILE)
-    feature = tl.arange(0, WIDTH)
-    inside = (column < num_blocks)[:, None] & (feature < HEAD_DIM)[None, :]
-    keys = tl.load(pooled_key + column[:, None] * HEAD_DIM + feature[None, :], mask=inside, other=0.0)
-    scores = tl.dot(queries, tl.trans(keys), input_precision="tf32x3")
-    return tl.where(column[None, :] <= row[:, None], scores, float("-inf"))
+    scores = tl.zeros([TILE, TILE], tl.float32)
+    for part in tl.static_range(WIDTH // features):
+        feature = part * features + tl.arange(0, features)
+        is_feature = (feature < HEAD_DIM)[None, :]
+        queries = tl.load(
+            pooled_query + row[:, None] * HEAD_DIM + feature[None, :],
+            mask=(row < num_blocks)[:, None] & is_feature,
+            other=0.0,
+        )
+        keys = tl.load(
+            pooled_key + column[:, None] * HEAD_DIM + feature[None, :],
+            mask=(column < num_blocks)[:, None] & is_feature,
+            other=0.0,
+        )
+        scores = tl.dot(queries, tl.trans(keys), scores, input_precision="tf32x3")
+    return tl.where(column[None, :] <= row[:, None], scores * scale_log2e, float("-inf"))
 
 
 @triton.jit
@@ -97,12 +108,13 @@ def find_thresholds(
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     SECTIONS: tl.constexpr,
+    HAS_MAPS: tl.constexpr,
 ) -> None:
     """Find the mass from which on the entries of a profile or a map reach gamma of its total. Grid: (2, heads).
 
-    A vertical-slash head has two searches, columns and diagonals; a query-aware one has one, over its map. Each round
-    cuts the range of the threshold's bits into SECTIONS + 1 parts, until one value is left: exact, up to the rounding
-    of float32 sums, about 1e-6 of the total.
+    A vertical-slash head has two searches, columns and diagonals; a query-aware one has one, over its map, done here
+    if HAS_MAPS, for small maps. Each round cuts the range of the threshold's bits into SECTIONS + 1 parts, until one
+    value is left: exact, up to the rounding of float32 sums, about 1e-6 of the total.
 
     ``thresholds`` and ``last_ties`` are (B, H, 2): the threshold, and the last position at which an entry equal to it
     is still needed.
@@ -111,10 +123,10 @@ def find_thresholds(
     estimate += tl.program_id(1).to(tl.int64) * num_blocks * num_blocks
     program = first_head + tl.program_id(1).to(tl.int64)
     pattern = tl.load(patterns + program)
-    if pattern == EVERY_BLOCK:
-        return
     is_map = pattern == QUERY_AWARE
-    if is_map & (which == 1):
+    if (pattern == EVERY_BLOCK) | (is_map & (which == 1)):
+        return
+    if is_map & (not HAS_MAPS):
         return
     values = profiles + (program * 2 + which) * num_blocks
     if is_map:
@@ -123,30 +135,107 @@ def find_thresholds(
     num_entries = tl.where(is_map, num_blocks * (num_blocks + 1) // 2, num_blocks)
 
     cut = tl.arange(0, SECTIONS)
-    total = tl.sum(
-        _mass_from(values, num_rows, num_blocks, is_map, cut * 0, TILE_ROWS, TILE_COLUMNS, SECTIONS), 0
-    ) / SECTIONS
-    needed = total * gamma
+    total = tl.max(_mass_from(values, num_rows, num_blocks, is_map, cut * 0, TILE_ROWS, TILE_COLUMNS, SECTIONS), 0)
+    needed = total.to(tl.float64) * gamma
     # Were every entry smaller, all of them together could be left out.
-    floor = (total * (1 - gamma) / num_entries * 0.999).to(tl.float32)
-    low = floor.to(tl.int32, bitcast=True)
-    high = tl.full([], 0x3F800100, tl.int32)  # just above 1, which no mass exceeds
+    low = (total * (1 - gamma) / num_entries * 0.999).to(tl.int32, bitcast=True)
+    high = tl.full([], ABOVE_ONE, tl.int32)
+    above = tl.full([], 0.0, tl.float32)
     while high - low > 1:
         step = (high - low + SECTIONS) // (SECTIONS + 1)
         mass = _mass_from(
             values, num_rows, num_blocks, is_map, low + step * (cut + 1), TILE_ROWS, TILE_COLUMNS, SECTIONS
         )
-        low += step * tl.sum((mass >= needed).to(tl.int32), 0)
-        high = tl.minimum(high, low + step)
+        low, high, above = _narrow(mass, needed, low, high, above, SECTIONS)
 
     threshold = low.to(tl.float32, bitcast=True)
-    above = tl.sum(
-        _mass_from(values, num_rows, num_blocks, is_map, low + 1 + cut * 0, TILE_ROWS, TILE_COLUMNS, SECTIONS), 0
-    ) / SECTIONS
     ties_needed = tl.ceil(((needed - above) / threshold).to(tl.float32)).to(tl.int32)
     last = _find_tie(values, num_rows, num_blocks, is_map, low, ties_needed, TILE_ROWS, TILE_COLUMNS)
     tl.store(thresholds + program * 2 + which, threshold)
     tl.store(last_ties + program * 2 + which, last)
+
+
+@triton.jit
+def narrow_thresholds(
+    estimate: tl.tensor,
+    patterns: tl.tensor,
+    brackets: tl.tensor,
+    masses: tl.tensor,
+    thresholds: tl.tensor,
+    last_ties: tl.tensor,
+    gamma: float,
+    lowest: int,
+    turn: int,
+    num_turns: int,
+    first_head: int,
+    num_blocks: int,
+    TILE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SECTIONS: tl.constexpr,
+) -> None:
+    """Take one turn of the search over large maps, by several programs a head. Grid: (CHUNKS, heads).
+
+    Each turn reads the masses that the turn before left, narrows the bracket, and sums anew; the last one writes the
+    threshold. Entries equal to it are all selected. ``brackets`` is (turns, heads, 3) and ``masses``
+    (turns, heads, CHUNKS, SECTIONS), float32.
+    """
+    chunk = tl.program_id(0)
+    local = tl.program_id(1).to(tl.int64)
+    program = first_head + local
+    if tl.load(patterns + program) != QUERY_AWARE:
+        return
+    cut = tl.arange(0, SECTIONS)
+    low = tl.full([], 0, tl.int32) + lowest
+    high = tl.full([], ABOVE_ONE, tl.int32)
+    if turn > 0:
+        before = (turn - 1) * tl.num_programs(1) + local
+        low = tl.load(brackets + before * 2)
+        high = tl.load(brackets + before * 2 + 1)
+        place = before * CHUNKS * SECTIONS + tl.arange(0, CHUNKS)[:, None] * SECTIONS + cut[None, :]
+        # A row of the map sums to 1.
+        needed = tl.cast(num_blocks, tl.float64) * gamma
+        low, high, _ = _narrow(tl.sum(tl.load(masses + place).to(tl.float64), 0), needed, low, high, 0.0, SECTIONS)
+    if turn == num_turns:
+        if chunk == 0:
+            tl.store(thresholds + program * 2, low.to(tl.float32, bitcast=True))
+            tl.store(last_ties + program * 2, num_blocks * num_blocks)
+        return
+    now = turn * tl.num_programs(1) + local
+    if chunk == 0:
+        tl.store(brackets + now * 2, low)
+        tl.store(brackets + now * 2 + 1, high)
+    low_bits = low + (high - low + SECTIONS) // (SECTIONS + 1) * (cut + 1)
+    estimate += local * num_blocks * num_blocks
+    mass = tl.zeros([SECTIONS, TILE], tl.float32)
+    for row in range(chunk, num_blocks, CHUNKS):
+        for start in range(0, row + 1, TILE):
+            column = start + tl.arange(0, TILE)
+            entry = tl.load(estimate + row * num_blocks + column, mask=column <= row, other=0.0)
+            bits = entry.to(tl.int32, bitcast=True)
+            mass += tl.where(bits[None, :] >= low_bits[:, None], entry[None, :], 0.0)
+    tl.store(masses + (now * CHUNKS + chunk) * SECTIONS + cut, tl.sum(mass, 1))
+
+
+@triton.jit
+def _narrow(
+    mass: tl.tensor,
+    needed: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    above: tl.tensor,
+    SECTIONS: tl.constexpr,
+) -> tl.tensor:
+    """Narrow the bracket of the threshold's bits by the masses from each cut on.
+
+    Returns:
+        The lowest bits from which on the mass is as much as needed, for all that is known; the lowest known from which
+        on it is less; and that lesser mass.
+    """
+    step = (high - low + SECTIONS) // (SECTIONS + 1)
+    is_enough = mass >= needed
+    above = tl.maximum(above, tl.max(tl.where(is_enough, 0.0, mass), 0))
+    low += step * tl.sum(is_enough.to(tl.int32), 0)
+    return low, tl.minimum(high, low + step), above
 
 
 @triton.jit
@@ -181,7 +270,7 @@ def _mass_from(
     TILE_COLUMNS: tl.constexpr,
     SECTIONS: tl.constexpr,
 ) -> tl.tensor:
-    """Return the mass of the entries whose bits are at least each of ``low_bits``: (SECTIONS,) float64."""
+    """Return the mass of the entries whose bits are at least each of ``low_bits``: (SECTIONS,)."""
     mass = tl.zeros([SECTIONS, TILE_ROWS * TILE_COLUMNS], tl.float32)
     for row_start in range(0, num_rows, TILE_ROWS):
         for column_start in range(0, tl.where(is_map, row_start + TILE_ROWS, num_columns), TILE_COLUMNS):
@@ -190,7 +279,7 @@ def _mass_from(
             )
             entry = tl.maximum(bits, 0).to(tl.float32, bitcast=True)
             mass += tl.where(bits[None, :] >= low_bits[:, None], entry[None, :], 0.0)
-    return tl.sum(mass.to(tl.float64), 1)
+    return tl.sum(mass, 1)
 
 
 @triton.jit
@@ -236,8 +325,7 @@ def pack_blocks(
     num_blocks: int,
     heads: int,
     kv_heads: int,
-    diagonal_width: int,
-    full_width: int,
+    width: int,
     min_blocks: int,
     max_blocks: int,
     NUM_BLOCKS: tl.constexpr,
@@ -281,19 +369,14 @@ def pack_blocks(
     if HAS_CEILING:
         selected = _best(bits, selected, max_blocks)
     selected |= (column == 0) & (row > 0)  # the sink
-
-    rank = tl.cumsum(selected.to(tl.int32), 0)
-    count = tl.sum(selected.to(tl.int32), 0)
-    # What is not selected follows in ascending order, so that every entry is a valid index.
-    slot = tl.where(selected, rank - 1, count + column - rank)
+    kept = selected.to(tl.int32)
     entry = program * num_blocks + row
-    tl.store(full_counts + entry, count)
-    tl.store(full_indices + entry * full_width + slot, column, mask=(column < num_blocks) & (slot < full_width))
+    tl.store(full_counts + entry, tl.sum(kept, 0))
+    # FlexAttention looks at the first index even where there is none: column 0 is written to row 0 as well.
+    slot = tl.maximum(tl.cumsum(kept, 0) - 1, 0)
+    tl.store(full_indices + entry * width + slot, column, mask=(kept > 0) | (column == 0))
     tl.store(diagonal_counts + entry, 1)
-    slot = tl.where(column == row, 0, tl.where(column < row, column + 1, column))
-    tl.store(
-        diagonal_indices + entry * diagonal_width + slot, column, mask=(column < num_blocks) & (slot < diagonal_width)
-    )
+    tl.store(diagonal_indices + entry * width, row)
 
 
 @triton.jit

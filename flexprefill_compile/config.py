@@ -33,6 +33,7 @@ class SparsePrefillConfig:
         estimator: How blocks are chosen: ``"flexprefill"``.
         on_skip: What to do about an attention call that has to stay dense: ``"keep"`` it and report it, or
             ``"raise"``. Decode steps and short prompts are dense by design and never raise.
+        kernel_options: FlexAttention's own, names and values, over those chosen here: a mapping, kept as its items.
 
     Raises:
         InvalidOptionError: A value is out of range. It is a ``ValueError``.
@@ -46,6 +47,7 @@ class SparsePrefillConfig:
     min_length: int = 4096
     estimator: str = "flexprefill"
     on_skip: str = "keep"
+    kernel_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         _check("gamma", self.gamma, "in (0, 1]", _is_number(self.gamma) and 0 < self.gamma <= 1)
@@ -65,6 +67,12 @@ class SparsePrefillConfig:
         )
         _check("min_length", self.min_length, "a number of tokens, at least 1", _is_integer(self.min_length, 1))
         _check("estimator", self.estimator, f"one of {', '.join(ESTIMATORS)}", self.estimator in ESTIMATORS)
+        items = self.kernel_options.items() if isinstance(self.kernel_options, Mapping) else self.kernel_options
+        are_names = isinstance(items, Collection) and all(
+            isinstance(item, tuple) and isinstance(item[0], str) for item in items
+        )
+        _check("kernel_options", self.kernel_options, "a mapping of FlexAttention's kernel options", are_names)
+        object.__setattr__(self, "kernel_options", tuple(sorted(items)))
         _check("on_skip", self.on_skip, f"one of {', '.join(ON_SKIP)}", self.on_skip in ON_SKIP)
 
 

@@ -24,15 +24,15 @@ _library.define(
 _library.define("realize(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def index_widths(num_blocks: int | SymInt, block_size: int, max_budget: int | None, device_type: str) -> tuple[Any, Any]:
-    """Return how many columns the tables of diagonal and of full blocks have.
+def index_width(num_blocks: int | SymInt, block_size: int, max_budget: int | None, device_type: str) -> Any:
+    """Return how many columns the tables' indices have: as many as a row can need.
 
-    A row holds one diagonal block and, under a ceiling, no more full blocks than the ceiling and the first key block.
-    FlexAttention's template for the CPU reads tables as wide as the grid.
+    Under a ceiling those are the ceiling and the first key block. FlexAttention's template for the CPU reads tables
+    as wide as the grid. Both tables have one width, because torch 2.11 reads both with the strides of the first.
     """
-    if device_type == "cpu":
-        return num_blocks, num_blocks
-    return 1, num_blocks if max_budget is None else torch.sym_min(num_blocks, max_budget // block_size + 1)
+    if max_budget is None or device_type == "cpu":
+        return num_blocks
+    return torch.sym_min(num_blocks, max_budget // block_size + 1)
 
 
 def _fake_select_blocks(
@@ -50,12 +50,12 @@ def _fake_select_blocks(
     batch, heads, length, _ = query.shape
     num_blocks = (length + block_size - 1) // block_size
     counts = (batch, heads, num_blocks)
-    diagonal_width, full_width = index_widths(num_blocks, block_size, max_budget, query.device.type)
+    indices = (*counts, index_width(num_blocks, block_size, max_budget, query.device.type))
     return (
         query.new_empty(counts, dtype=torch.int32),
-        query.new_empty((*counts, diagonal_width), dtype=torch.int32),
+        query.new_empty(indices, dtype=torch.int32),
         query.new_empty(counts, dtype=torch.int32),
-        query.new_empty((*counts, full_width), dtype=torch.int32),
+        query.new_empty(indices, dtype=torch.int32),
     )
 
 

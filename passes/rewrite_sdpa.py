@@ -49,7 +49,7 @@ def rewrite_sdpa(site: SdpaSite, module: GraphModule, config: SparsePrefillConfi
     with module.graph.inserting_before(site.node):
         query, key, value = (_insert_input(insert, site, x) for x in (site.query, site.key, site.value))
         tables = _insert_selection(insert, query, key, value, site.scale, config)
-        attention = _insert_attention(module, query, key, value, site.scale, tables, config.block_size)
+        attention = _insert_attention(module, query, key, value, site.scale, tables, config)
         attention.meta = site.node.meta | {"example_value": (example_of(site.node),)}
         output = insert(operator.getitem, attention, 0)
         output = realize_on_cpu(insert, output, example_of(query).device)
@@ -91,7 +91,13 @@ def _insert_selection(
 
 
 def _insert_attention(
-    module: GraphModule, query: Node, key: Node, value: Node, scale: float, tables: tuple[Node, ...], block_size: int
+    module: GraphModule,
+    query: Node,
+    key: Node,
+    value: Node,
+    scale: float,
+    tables: tuple[Node, ...],
+    config: SparsePrefillConfig,
 ) -> Node:
     """Insert FlexAttention over the selected blocks; return the node of (output, logsumexp, ...).
 
@@ -101,7 +107,7 @@ def _insert_attention(
     examples = BlockTables(*map(example_of, tables))
     length = example_of(query).shape[-2]
     nodes: dict[int, Any] = {id(example): node for example, node in zip(examples, tables, strict=True)}
-    _, _, *entries, _ = create_block_mask(examples, length, block_size).as_tuple()
+    _, _, *entries, _ = create_block_mask(examples, length, config.block_size).as_tuple()
     if not isinstance(length, int):
         length = module.graph.call_function(torch.ops.aten.sym_size.int, (query, 2))
     mask = _insert_submodule(module, MASK_MODULE, causal_mask)
@@ -109,7 +115,7 @@ def _insert_attention(
 
     score = _insert_submodule(module, SCORE_MODULE, _identity_score)
     options = complete_kernel_options(
-        _choose_kernel_options(block_size, example_of(key), example_of(value)),
+        _choose_kernel_options(config, example_of(key), example_of(value)),
         *(example_of(x) for x in (query, key, value)),
     )
     return module.graph.call_function(
@@ -130,11 +136,21 @@ def _identity_score(score: Tensor, batch: Tensor, head: Tensor, query_index: Ten
     return score
 
 
-def _choose_kernel_options(block_size: int, key: Tensor, value: Tensor) -> dict[str, Any]:
-    """Return FlexAttention's kernel options: never its decoding kernel, and tiles no larger than a mask block."""
+def _choose_kernel_options(config: SparsePrefillConfig, key: Tensor, value: Tensor) -> dict[str, Any]:
+    """Return FlexAttention's kernel options: never its decoding kernel, tiles no larger than a mask block.
+
+    The user's ``kernel_options`` come last and win.
+    """
     options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
-    if block_size < 128:  # inductor's own choice of tiles assumes mask blocks of 128
-        options |= {"BLOCK_M": block_size, "BLOCK_N": block_size}
-        if max(key.shape[-1], value.shape[-1]) * key.element_size() > LARGEST_PIPELINED_ROW_BYTES:
+    if key.is_cuda:  # every row meets itself on the diagonal, so that none is masked out altogether
+        options["ROWS_GUARANTEED_SAFE"] = True
+    row_bytes = max(key.shape[-1], value.shape[-1]) * key.element_size()
+    tile = min(config.block_size, 128)
+    if key.is_cuda and row_bytes <= 256 and tile >= 64 and torch.cuda.get_device_capability(key.device)[0] == 9:
+        # Measured on an H200: benchmarks/kernel_options.py.
+        options |= {"BLOCK_M": tile, "BLOCK_N": tile, "num_warps": tile // 16, "num_stages": 3, "USE_TMA": True}
+    elif tile < 128:  # inductor's own choice of tiles assumes mask blocks of 128
+        options |= {"BLOCK_M": tile, "BLOCK_N": tile}
+        if row_bytes > LARGEST_PIPELINED_ROW_BYTES:
             options["num_stages"] = 1
-    return options
+    return options | dict(config.kernel_options)

@@ -16,6 +16,11 @@ from flexprefill_compile.config import split_options
     [
         ("gamma", 0, "gamma must be in (0, 1], got 0"),
         ("gamma", 1.5, "gamma must be in (0, 1], got 1.5"),
+        (
+            "kernel_options",
+            "BLOCK_M",
+            "kernel_options must be a mapping of FlexAttention's kernel options, got 'BLOCK_M'",
+        ),
         ("gamma", float("nan"), "gamma must be in (0, 1], got nan"),
         ("gamma", "0.9", "gamma must be in (0, 1], got '0.9'"),
         ("gamma", True, "gamma must be in (0, 1], got True"),
@@ -49,6 +54,7 @@ def test_the_defaults_are_the_papers() -> None:
         "min_length": 4096,
         "estimator": "flexprefill",
         "on_skip": "keep",
+        "kernel_options": (),
     }
 
 
