@@ -192,7 +192,7 @@ def _largest_by_block(x: Tensor, block_size: int) -> Tensor:
     """Return the largest magnitude in each block of tokens, NaN where there is one: (B, H, S, D) to (B, H, N)."""
     whole = x.shape[-2] // block_size * block_size
     blocks: Tensor = x[..., :whole, :].unflatten(-2, (-1, block_size))
-    largest = torch.linalg.vector_norm(blocks, torch.inf, dim=(-2, -1))
+    largest: Tensor = torch.linalg.vector_norm(blocks, torch.inf, dim=(-2, -1))
     if whole == x.shape[-2]:
         return largest
     rest = torch.linalg.vector_norm(x[..., whole:, :], torch.inf, dim=(-2, -1), keepdim=True).squeeze(-1)

@@ -29,7 +29,8 @@ class SparsePrefillConfig:
         max_budget: Tokens that every query row computes at most, beside the first key block and the diagonal;
             None is no limit. It also caps gamma = 1.
         block_size: Tokens to a side of a block: a power of two from 16 to 512.
-        min_length: Prompts of fewer tokens keep dense attention.
+        min_length: Prompts of fewer tokens keep dense attention. None is where sparse prefill starts to pay on the
+            device, see ``crossing``.
         estimator: How blocks are chosen: ``"flexprefill"``.
         on_skip: What to do about an attention call that has to stay dense: ``"keep"`` it and report it, or
             ``"raise"``. Decode steps and short prompts are dense by design and never raise.
@@ -44,7 +45,7 @@ class SparsePrefillConfig:
     min_budget: int = 1024
     max_budget: int | None = None
     block_size: int = 128
-    min_length: int = 4096
+    min_length: int | None = None
     estimator: str = "flexprefill"
     on_skip: str = "keep"
     kernel_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
@@ -65,7 +66,12 @@ class SparsePrefillConfig:
             "a power of two from 16 to 512",
             _is_integer(self.block_size, 16) and self.block_size <= 512 and self.block_size.bit_count() == 1,
         )
-        _check("min_length", self.min_length, "a number of tokens, at least 1", _is_integer(self.min_length, 1))
+        _check(
+            "min_length",
+            self.min_length,
+            "None or a number of tokens, at least 1",
+            self.min_length is None or _is_integer(self.min_length, 1),
+        )
         _check("estimator", self.estimator, f"one of {', '.join(ESTIMATORS)}", self.estimator in ESTIMATORS)
         items = self.kernel_options.items() if isinstance(self.kernel_options, Mapping) else self.kernel_options
         are_names = isinstance(items, Collection) and all(

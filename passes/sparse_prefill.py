@@ -33,7 +33,7 @@ class SparsePrefillPass(GraphPass):
                 self.sites.append(self._rewrite_call(node, module))
 
     def _rewrite_call(self, node: Node, module: GraphModule) -> Site:
-        site = match_sdpa(node, self.config.min_length)
+        site = match_sdpa(node, self.config.min_length or 1)
         if isinstance(site, Skipped):
             return site
         if site.signature in self.failures:
