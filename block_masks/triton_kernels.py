@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import struct
 from typing import Any
 
 import torch
@@ -412,8 +413,9 @@ class _Launch:
         """Find the thresholds of large maps, in as many turns as their bits can need."""
         sections, chunks = 32, 32
         # Were every entry smaller, all of them together could be left out.
-        lowest = torch.tensor(1.998 * (1 - self.config.gamma) / (self.num_blocks + 1)).view(torch.int32).item()
-        span, num_turns = ABOVE_ONE.value - int(lowest), 0
+        smallest = 1.998 * (1 - self.config.gamma) / (self.num_blocks + 1)
+        (lowest,) = struct.unpack("i", struct.pack("f", smallest))
+        span, num_turns = ABOVE_ONE.value - lowest, 0
         while span > 1:
             span = -(-span // (sections + 1))
             num_turns += 1
@@ -431,7 +433,7 @@ class _Launch:
                     thresholds,
                     last_ties,
                     self.config.gamma,
-                    int(lowest),
+                    lowest,
                     turn,
                     num_turns,
                     first,
