@@ -21,7 +21,8 @@ class BlockTables(NamedTuple):
     """The blocks to compute, as FlexAttention reads them: int32, columns in ascending order.
 
     ``kv_*`` lists the blocks on which the mask_mod runs, ``full_kv_*`` those that no mask touches. Counts are
-    (B, H, num_q_blocks), indices (B, H, num_q_blocks, num_k_blocks); entries beyond a row's count are valid but unused.
+    (B, H, num_q_blocks), indices (B, H, num_q_blocks, width); entries beyond a row's count are unused. A width of
+    num_k_blocks always does; ``ops.index_width`` says when less does.
     """
 
     kv_num_blocks: Tensor
@@ -120,7 +121,7 @@ def unpack_blocks(num_blocks: Tensor, indices: Tensor, num_k_blocks: int) -> Ten
     return grid.scatter(-1, columns, True)[..., :num_k_blocks]
 
 
-def pack_causal_blocks(selected: Tensor) -> BlockTables:
+def pack_causal_blocks(selected: Tensor, width: int | None = None) -> BlockTables:
     """Pack a causal selection, split into the masked diagonal and the full blocks below it.
 
     A block below the diagonal is full: each of its keys comes before each of its queries. The ragged last key
@@ -128,8 +129,9 @@ def pack_causal_blocks(selected: Tensor) -> BlockTables:
 
     Args:
         selected: (B, H, num_blocks, num_blocks) bool, nothing above the diagonal.
+        width: Columns of the indices, at least the largest count; num_blocks by default.
     """
-    return BlockTables(*_pack(selected & ~selected.tril(-1)), *_pack(selected.tril(-1)))
+    return BlockTables(*_pack(selected & ~selected.tril(-1), width), *_pack(selected.tril(-1), width))
 
 
 def pack_blocks(selected: Tensor, certain: Tensor) -> BlockTables:
@@ -139,12 +141,12 @@ def pack_blocks(selected: Tensor, certain: Tensor) -> BlockTables:
         selected: (B, H, num_q_blocks, num_k_blocks) bool.
         certain: (B|1, H|1, num_q_blocks, num_k_blocks) bool, the blocks whose every pair is attended.
     """
-    return BlockTables(*_pack(selected & ~certain), *_pack(selected & certain))
+    return BlockTables(*_pack(selected & ~certain, None), *_pack(selected & certain, None))
 
 
-def _pack(selected: Tensor) -> tuple[Tensor, Tensor]:
+def _pack(selected: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
     num_blocks = selected.shape[-1]
     columns = torch.arange(num_blocks, dtype=torch.int32, device=selected.device)
     # Selected columns sort before the others, each kind in ascending order, so no row needs its own length.
     order = torch.where(selected, columns, columns + num_blocks).sort(dim=-1).values
-    return selected.sum(-1, dtype=torch.int32), order.remainder(num_blocks).contiguous()
+    return selected.sum(-1, dtype=torch.int32), order[..., :width].remainder(num_blocks).contiguous()

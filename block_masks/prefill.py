@@ -27,7 +27,7 @@ from flexprefill_compile.block_masks.representative import compute_representativ
 from flexprefill_compile.block_masks.select import apply_budget
 from flexprefill_compile.block_masks.vertical_slash import select_vertical_slash
 from flexprefill_compile.config import SparsePrefillConfig
-from flexprefill_compile.ops import SELECT_BLOCKS
+from flexprefill_compile.ops import SELECT_BLOCKS, index_width
 
 
 def create_prefill_block_mask(
@@ -49,8 +49,10 @@ def create_prefill_block_mask(
     """
     check_query_and_key(query, key)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    selected = select_prefill_blocks(query, key, None, scale, config)
-    return create_block_mask(pack_causal_blocks(selected), *(query.shape[-2],) * 2, config.block_size)
+    length = query.shape[-2]
+    num_blocks = count_blocks(length, config.block_size)
+    tables = select_prefill_tables(query, key, None, scale, config, num_blocks)
+    return create_block_mask(tables, length, length, config.block_size)
 
 
 def create_block_mask(tables: BlockTables, query_length: int, key_length: int, block_size: int) -> BlockMask:
@@ -94,13 +96,45 @@ def check_query_and_key(query: Tensor, key: Tensor) -> None:
         raise ValueError(f"query and key must be on one device, cpu or cuda, got {query.device} and {key.device}")
 
 
+def select_prefill_tables(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    scale: float,
+    config: SparsePrefillConfig,
+    width: int,
+) -> BlockTables:
+    """Select and pack, on a GPU by the kernels of ``triton_kernels`` where they take the inputs."""
+    if query.is_cuda:
+        tables = _select_by_kernels(query, key, value, scale, config, width)
+        if tables is not None:
+            return tables
+    return pack_causal_blocks(select_prefill_blocks(query, key, value, scale, config), width)
+
+
+def _select_by_kernels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    scale: float,
+    config: SparsePrefillConfig,
+    width: int,
+) -> BlockTables | None:
+    try:
+        from flexprefill_compile.block_masks import triton_kernels  # noqa: PLC0415  (Triton is not on every platform)
+    except ImportError:
+        return None
+    tables: BlockTables | None = triton_kernels.try_select(query, key, value, scale, config, width)
+    return tables
+
+
 def select_prefill_blocks(
     query: Tensor, key: Tensor, value: Tensor | None, scale: float, config: SparsePrefillConfig
 ) -> Tensor:
     """Select the blocks of causal attention to compute.
 
     A head whose inputs or scores are not all finite gets every causal block, so that NaN and inf reach the rows
-    they reach in dense attention.
+    they reach in dense attention; under a ceiling, those blocks first whose keys or values are not finite.
 
     Memory peaks at about 40 bytes for each block of the grid, (B, H, num_blocks, num_blocks), most of it for the sort
     of Algorithm 4, or at what ``compute_representative_attention`` needs, if that is more; nothing has S x S elements.
@@ -137,20 +171,33 @@ def select_prefill_blocks(
     # gamma = 1 is every block, even one whose mass underflows for the representative queries.
     selected = causal if config.gamma == 1 else torch.where(query_aware, estimate[0], extended[0])
     score = torch.where(query_aware, estimate[1], extended[1])
-    selected = apply_budget(
-        selected,
-        score,
+    block_is_finite = torch.isfinite(pooled_key.sum(-1))
+    is_finite = block_is_finite.all(-1) & torch.isfinite(
+        pooled_query.sum((-2, -1)) + estimate[1].sum((-2, -1)) + attention.columns.sum(-1)
+    )
+    if value is not None:
+        value_is_finite = torch.isfinite(_largest_by_block(value, block_size)).repeat_interleave(group, dim=1)
+        block_is_finite &= value_is_finite
+        is_finite &= value_is_finite.all(-1)
+    keeps = is_finite[..., None, None]
+    return apply_budget(
+        torch.where(keeps, selected, causal),
+        torch.where(keeps, score, (~block_is_finite).to(dtype).unsqueeze(-2)),
         causal,
         min_blocks=count_blocks(config.min_budget, block_size),
         max_blocks=None if config.max_budget is None else config.max_budget // block_size,
     )
-    is_finite = torch.isfinite(
-        pooled_query.sum((-2, -1)) + pooled_key.sum((-2, -1)) + estimate[1].sum((-2, -1)) + attention.columns.sum(-1)
-    )
-    if value is not None:
-        largest = torch.linalg.vector_norm(value, torch.inf, dim=(-2, -1))
-        is_finite &= torch.isfinite(largest).repeat_interleave(group, dim=1)
-    return torch.where(is_finite[..., None, None], selected, causal)
+
+
+def _largest_by_block(x: Tensor, block_size: int) -> Tensor:
+    """Return the largest magnitude in each block of tokens, NaN where there is one: (B, H, S, D) to (B, H, N)."""
+    whole = x.shape[-2] // block_size * block_size
+    blocks: Tensor = x[..., :whole, :].unflatten(-2, (-1, block_size))
+    largest: Tensor = torch.linalg.vector_norm(blocks, torch.inf, dim=(-2, -1))
+    if whole == x.shape[-2]:
+        return largest
+    rest = torch.linalg.vector_norm(x[..., whole:, :], torch.inf, dim=(-2, -1), keepdim=True).squeeze(-1)
+    return torch.cat([largest, rest], dim=-1)
 
 
 def _select_blocks(
@@ -173,7 +220,8 @@ def _select_blocks(
         block_size=block_size,
         estimator=estimator,
     )
-    tables = pack_causal_blocks(select_prefill_blocks(query, key, value, scale, config))
+    width = index_width(count_blocks(query.shape[-2], block_size), block_size, max_budget, query.device.type)
+    tables = select_prefill_tables(query, key, value, scale, config, width)
     record(tables)
     return tables
 

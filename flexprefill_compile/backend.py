@@ -17,6 +17,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from flexprefill_compile.config import InvalidOptionError, SparsePrefillConfig, split_options
+from flexprefill_compile.crossing import settle_min_length
 from flexprefill_compile.passes.cpu_workarounds import repaired_cpu_template
 from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass, find_signatures
 from flexprefill_compile.report import RewriteReport, Site, check_skips
@@ -65,6 +66,7 @@ class FlexPrefillBackend:
             AttentionSkippedError: ``on_skip="raise"`` and a call must stay dense.
         """
         config, config_patches = split_options(options, inductor_option_names())
+        config = settle_min_length(config, example_inputs)
         config_patches = mode_patches(mode) | config_patches
         compiled, sites = compile_graph(graph_module, example_inputs, config, config_patches)
         self.report = RewriteReport(self.report.sites + tuple(sites))

@@ -37,7 +37,43 @@ def _create_parser() -> argparse.ArgumentParser:
     demo.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
     demo.add_argument("--device", default="cpu", help="cpu or cuda")
     demo.add_argument("--rounds", type=_positive, default=3, metavar="N", help="timed prefills of each kind, in turn")
+    tune = commands.add_parser(
+        "tune",
+        help="measure from what length on sparse prefill pays on this machine",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    tune.set_defaults(run=_run_tune)
+    _add_shape(tune)
+    bench = commands.add_parser(
+        "bench",
+        help="time the attention of one layer on a GPU, by stage, beside dense attention",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    bench.set_defaults(run=_run_bench)
+    _add_shape(bench)
+    bench.add_argument("--lengths", type=_positive, nargs="+", default=[8192, 32768, 131072], metavar="N")
+    bench.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
+    bench.add_argument("--calls", type=_positive, default=15, metavar="N", help="timed calls of each kind")
+    bench.add_argument("--json", type=Path, help="a file for all figures")
     return parser
+
+
+def _add_shape(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="cuda", help="cuda, or cpu for tune")
+    command.add_argument("--heads", type=_positive, nargs=2, default=[32, 8], metavar=("QUERY", "KEY"))
+    command.add_argument("--head-dim", type=_positive, default=128, metavar="N")
+
+
+def _run_tune(options: argparse.Namespace) -> None:
+    from flexprefill_compile.tune import run_tune  # noqa: PLC0415  (imports inductor)
+
+    run_tune(options.device, options.heads, options.head_dim)
+
+
+def _run_bench(options: argparse.Namespace) -> None:
+    from flexprefill_compile.bench import run_bench  # noqa: PLC0415  (imports inductor)
+
+    run_bench(options.lengths, options.heads, options.head_dim, options.gamma, options.calls, options.json)
 
 
 def _run_demo(options: argparse.Namespace) -> None:
@@ -51,7 +87,7 @@ def _run_demo(options: argparse.Namespace) -> None:
         model_path=options.model,
         text_path=options.text,
         max_tokens=options.tokens,
-        config=SparsePrefillConfig(gamma=options.gamma, min_length=min(options.tokens, SparsePrefillConfig.min_length)),
+        config=SparsePrefillConfig(gamma=options.gamma, min_length=min(options.tokens, 4096)),
         device=options.device,
         rounds=options.rounds,
     )

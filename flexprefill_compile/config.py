@@ -29,7 +29,8 @@ class SparsePrefillConfig:
         max_budget: Tokens that every query row computes at most, beside the first key block and the diagonal;
             None is no limit. It also caps gamma = 1.
         block_size: Tokens to a side of a block: a power of two from 16 to 512.
-        min_length: Prompts of fewer tokens keep dense attention.
+        min_length: Prompts of fewer tokens keep dense attention. None is where sparse prefill starts to pay on the
+            device, see ``crossing``.
         max_mask_elements: Attention under a mask tensor that the model is given, of more elements than this, stays
             dense. Masks that the model computes from positions and lengths are never read and have no limit.
         check_masks: Compare each mask with the formula it was turned into, at run time, and raise where they differ.
@@ -37,6 +38,7 @@ class SparsePrefillConfig:
         estimator: How blocks are chosen: ``"flexprefill"``.
         on_skip: What to do about an attention call that has to stay dense: ``"keep"`` it and report it, or
             ``"raise"``. Decode steps and short prompts are dense by design and never raise.
+        kernel_options: FlexAttention's own, names and values, over those chosen here: a mapping, kept as its items.
 
     Raises:
         InvalidOptionError: A value is out of range. It is a ``ValueError``.
@@ -47,11 +49,12 @@ class SparsePrefillConfig:
     min_budget: int = 1024
     max_budget: int | None = None
     block_size: int = 128
-    min_length: int = 4096
+    min_length: int | None = None
     max_mask_elements: int = 2**26
     check_masks: bool = False
     estimator: str = "flexprefill"
     on_skip: str = "keep"
+    kernel_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         _check("gamma", self.gamma, "in (0, 1]", _is_number(self.gamma) and 0 < self.gamma <= 1)
@@ -69,7 +72,12 @@ class SparsePrefillConfig:
             "a power of two from 16 to 512",
             _is_integer(self.block_size, 16) and self.block_size <= 512 and self.block_size.bit_count() == 1,
         )
-        _check("min_length", self.min_length, "a number of tokens, at least 1", _is_integer(self.min_length, 1))
+        _check(
+            "min_length",
+            self.min_length,
+            "None or a number of tokens, at least 1",
+            self.min_length is None or _is_integer(self.min_length, 1),
+        )
         _check(
             "max_mask_elements",
             self.max_mask_elements,
@@ -78,6 +86,12 @@ class SparsePrefillConfig:
         )
         _check("check_masks", self.check_masks, "True or False", isinstance(self.check_masks, bool))
         _check("estimator", self.estimator, f"one of {', '.join(ESTIMATORS)}", self.estimator in ESTIMATORS)
+        items = self.kernel_options.items() if isinstance(self.kernel_options, Mapping) else self.kernel_options
+        are_names = isinstance(items, Collection) and all(
+            isinstance(item, tuple) and isinstance(item[0], str) for item in items
+        )
+        _check("kernel_options", self.kernel_options, "a mapping of FlexAttention's kernel options", are_names)
+        object.__setattr__(self, "kernel_options", tuple(sorted(items)))
         _check("on_skip", self.on_skip, f"one of {', '.join(ON_SKIP)}", self.on_skip in ON_SKIP)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 
 NAMESPACE = "flexprefill"
 SELECT_BLOCKS = f"{NAMESPACE}::select_blocks"
@@ -40,6 +40,17 @@ _library.define(
 )
 
 
+def index_width(num_blocks: int | SymInt, block_size: int, max_budget: int | None, device_type: str) -> Any:
+    """Return how many columns the tables' indices have: as many as a row can need.
+
+    Under a ceiling those are the ceiling and the first key block. FlexAttention's template for the CPU reads tables
+    as wide as the grid. Both tables have one width, because torch 2.11 reads both with the strides of the first.
+    """
+    if max_budget is None or device_type == "cpu":
+        return num_blocks
+    return torch.sym_min(num_blocks, max_budget // block_size + 1)
+
+
 def _fake_select_blocks(
     query: Tensor,
     key: Tensor,
@@ -53,7 +64,7 @@ def _fake_select_blocks(
     estimator: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_blocks = (query.shape[2] + block_size - 1) // block_size
-    return _empty_tables(query, num_blocks, num_blocks)
+    return _empty_tables(query, num_blocks, index_width(num_blocks, block_size, max_budget, query.device.type))
 
 
 def _fake_select_masked_blocks(
@@ -62,9 +73,9 @@ def _fake_select_masked_blocks(
     return _empty_tables(query, *certain.shape[-2:])
 
 
-def _empty_tables(query: Tensor, num_q_blocks: int, num_k_blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_tables(query: Tensor, num_q_blocks: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     counts = (*query.shape[:2], num_q_blocks)
-    indices = (*counts, num_k_blocks)
+    indices = (*counts, width)
     return (
         query.new_empty(counts, dtype=torch.int32),
         query.new_empty(indices, dtype=torch.int32),

@@ -37,6 +37,6 @@ def refuse_lengths(
     if not is_whole and not guard_or_false(query_length >= config.block_size):
         return SkipReason.TOO_SHORT, f"a chunk of {query_length} < {config.block_size}"
     length = query_length if is_whole else key_length
-    if not guard_or_false(length >= config.min_length):
+    if config.min_length is not None and not guard_or_false(length >= config.min_length):
         return SkipReason.TOO_SHORT, f"{length} < {config.min_length}"
     return None

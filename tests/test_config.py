@@ -16,6 +16,11 @@ from flexprefill_compile.config import split_options
     [
         ("gamma", 0, "gamma must be in (0, 1], got 0"),
         ("gamma", 1.5, "gamma must be in (0, 1], got 1.5"),
+        (
+            "kernel_options",
+            "BLOCK_M",
+            "kernel_options must be a mapping of FlexAttention's kernel options, got 'BLOCK_M'",
+        ),
         ("gamma", float("nan"), "gamma must be in (0, 1], got nan"),
         ("gamma", "0.9", "gamma must be in (0, 1], got '0.9'"),
         ("gamma", True, "gamma must be in (0, 1], got True"),
@@ -26,7 +31,7 @@ from flexprefill_compile.config import split_options
         ("block_size", 96, "block_size must be a power of two from 16 to 512, got 96"),
         ("block_size", 8, "block_size must be a power of two from 16 to 512, got 8"),
         ("block_size", 1024, "block_size must be a power of two from 16 to 512, got 1024"),
-        ("min_length", 0, "min_length must be a number of tokens, at least 1, got 0"),
+        ("min_length", 0, "min_length must be None or a number of tokens, at least 1, got 0"),
         ("estimator", "minference", "estimator must be one of flexprefill, got 'minference'"),
         ("estimator", ["flexprefill"], "estimator must be one of flexprefill, got ['flexprefill']"),
         ("on_skip", "warn", "on_skip must be one of keep, raise, got 'warn'"),
@@ -46,11 +51,12 @@ def test_the_defaults_are_the_papers() -> None:
         "min_budget": 1024,
         "max_budget": None,
         "block_size": 128,
-        "min_length": 4096,
+        "min_length": None,
         "max_mask_elements": 2**26,
         "check_masks": False,
         "estimator": "flexprefill",
         "on_skip": "keep",
+        "kernel_options": (),
     }
 
 

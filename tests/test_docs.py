@@ -29,7 +29,12 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
     for name, field in SparsePrefillConfig.__dataclass_fields__.items():
         if name == "estimator":
             continue
-        shown = {"max_budget": "none", "on_skip": '`"keep"`'}.get(name, str(field.default))
+        shown = {
+            "max_budget": "none",
+            "min_length": "measured",
+            "kernel_options": "none",
+            "on_skip": '`"keep"`',
+        }.get(name, str(field.default))
         assert f"| `{name}` | {shown} |" in readme
 
 

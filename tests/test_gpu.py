@@ -9,10 +9,12 @@ import pytest
 import torch
 from models import TwoLayers, attend_in_float64, causal_attention, relative_error
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
 from flexprefill_compile import SparsePrefillConfig
 from flexprefill_compile.backend import FlexPrefillBackend
-from flexprefill_compile.block_masks.prefill import select_prefill_blocks
+from flexprefill_compile.block_masks import prefill
+from flexprefill_compile.block_masks.prefill import select_prefill_blocks, select_prefill_tables
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -75,6 +77,63 @@ def test_selection_is_that_of_the_cpu() -> None:
     on_cpu = select_prefill_blocks(query.cpu(), key.cpu(), value.cpu(), 0.125, config)
     # Sums in another order may move a block across the threshold: a handful of thousands.
     assert (on_gpu != on_cpu).sum() <= 1e-3 * on_cpu.sum()
+
+
+def test_the_kernels_run_rather_than_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = random_inputs(8, 2, 1000, 64, torch.bfloat16)
+    config = SparsePrefillConfig(min_budget=0)
+    expected = select_prefill_tables(query, key, value, 0.125, config, 8)
+    monkeypatch.setattr(prefill, "select_prefill_blocks", None)
+    actual = select_prefill_tables(query, key, value, 0.125, config, 8)
+    assert all(torch.equal(a, b) for a, b in zip(actual[::2], expected[::2], strict=True))
+
+
+def test_a_replayed_graph_selects_for_new_inputs() -> None:
+    inputs = random_inputs(8, 2, 1000, 64, torch.bfloat16)
+    arguments = (0.125, 0.7, 0.1, 0, None, 64, "flexprefill")
+    select = torch.ops.flexprefill.select_blocks
+    select(*inputs, *arguments)  # compiles the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = select(*inputs, *arguments)
+    for spread in (1, 4, 16):
+        for x in inputs:
+            x.normal_(std=spread)
+        graph.replay()
+        expected = select(*inputs, *arguments)
+        assert torch.equal(replayed[2], expected[2])
+        is_used = torch.arange(16, device="cuda") < expected[2].unsqueeze(-1)
+        assert torch.equal(replayed[3].where(is_used, -1), expected[3].where(is_used, -1))
+
+
+def test_memory_grows_linearly_under_a_ceiling() -> None:
+    """Of the tables: twice the length takes twice the indices, not four times."""
+    arguments = (0.125, 0.95, 0.1, 0, 1024, 128, "flexprefill")
+    elements = []
+    for length in (8192, 16384):
+        tables = torch.ops.flexprefill.select_blocks(*random_inputs(4, 2, length, 64, torch.bfloat16), *arguments)
+        elements.append(sum(table.numel() for table in tables))
+    assert elements[1] == 2 * elements[0]
+
+
+@pytest.mark.parametrize("max_budget", [None, 512])
+def test_every_width_of_the_tables_gives_the_same_attention(max_budget: int | None) -> None:
+    inputs = random_inputs(4, 2, 1500, 64, torch.bfloat16)
+    options: dict[str, Any] = {"gamma": 0.6, "min_length": 64, "min_budget": 0, "max_budget": max_budget}
+    actual = torch.compile(causal_attention, backend=FlexPrefillBackend(), options=options)(*inputs)
+    config = SparsePrefillConfig(gamma=0.6, min_budget=0, max_budget=max_budget)
+    blocks = select_prefill_blocks(*inputs[:2], None, 0.125, config)
+    mask = blocks.repeat_interleave(128, -1).repeat_interleave(128, -2)[..., :1500, :1500].tril()
+    exact = attend_in_float64(*inputs, mask)
+    assert relative_error(actual, exact) < 1e-2
+
+
+def test_the_users_kernel_options_win() -> None:
+    inputs = random_inputs(4, 2, 1000, 64, torch.bfloat16)
+    options: dict[str, Any] = {"gamma": 1.0, "min_length": 64, "kernel_options": {"BLOCK_M": 64, "num_warps": 4}}
+    compiled = torch.compile(causal_attention, backend=FlexPrefillBackend(), options=options)
+    _, code = run_and_get_code(compiled, *inputs)
+    assert "BLOCK_M : tl.constexpr = 64" in "".join(code)
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])

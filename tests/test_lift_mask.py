@@ -83,10 +83,16 @@ MASKS: dict[str, tuple[Make, tuple[Tensor, ...]]] = {
     "one minus the mask": (lambda x: (1.0 - causal(x).to(x.dtype)) * torch.finfo(x.dtype).min, ()),
     "a tensor constant": (lambda x: torch.where(causal(x), torch.tensor(0.0), torch.finfo(x.dtype).min), ()),
     "a slice of a larger one": (lambda x: torch.ones(64, 64).tril().bool()[None, None, : x.shape[2], : x.shape[2]], ()),
-    "a slice of a buffer": (lambda x, b: b[:, :, : x.shape[2], : x.shape[2]], (torch.ones(1, 1, 64, 64).tril().bool(),)),
+    "a slice of a buffer": (
+        lambda x, b: b[:, :, : x.shape[2], : x.shape[2]],
+        (torch.ones(1, 1, 64, 64).tril().bool(),),
+    ),
     "given": (lambda x, mask: mask, (torch.rand(BATCH, 1, LENGTH, LENGTH) > 0.5,)),
     "given, additive": (lambda x, mask: mask, (additive(torch.rand(BATCH, HEADS, LENGTH, LENGTH) > 0.5),)),
-    "joined": (lambda x, pad: causal(x) & torch.cat([square(x)[:2, :4].bool(), pad[:, 4:].bool()], 1)[:, None, None], (PAD,)),
+    "joined": (
+        lambda x, pad: causal(x) & torch.cat([square(x)[:2, :4].bool(), pad[:, 4:].bool()], 1)[:, None, None],
+        (PAD,),
+    ),
     "ALiBi": (lambda x, slopes: additive(causal(x)) + slopes[:, None, None] * distance(x), (SLOPES,)),
     "relative positions": (
         lambda x, table: additive(causal(x)) + table[(-distance(x)[0, 0]).clamp(0, 7)].permute(2, 0, 1),

@@ -174,9 +174,9 @@ def test_lengths_of_different_symbols_are_guarded_equal() -> None:
 def test_a_length_that_depends_on_data_stays_dense_without_a_guard() -> None:
     shape_env = ShapeEnv()
     length = shape_env.create_unbacked_symint()
-    assert refuse_lengths(length, length, min_length=32, is_causal=True) == (SkipReason.TOO_SHORT, f"{length} < 32")
+    assert refuse_lengths(length, length, CONFIG, is_causal=True) == (SkipReason.TOO_SHORT, f"{length} < 32")
     other = shape_env.create_unbacked_symint()
-    assert refuse_lengths(length, other, min_length=32, is_causal=True) == (
+    assert refuse_lengths(length, other, CONFIG, is_causal=True) == (
         SkipReason.LENGTHS_DIFFER,
         f"{length} queries, {other} keys",
     )
@@ -187,5 +187,5 @@ def test_lengths_that_are_known_add_no_guard() -> None:
     shape_env = ShapeEnv()
     length = shape_env.create_unbacked_symint()
     torch._check(length >= 32)
-    assert refuse_lengths(length, length, min_length=32, is_causal=True) is None
+    assert refuse_lengths(length, length, CONFIG, is_causal=True) is None
     assert not shape_env.guards

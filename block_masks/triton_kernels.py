@@ -1,0 +1,448 @@
+"""The selection of ``prefill.select_prefill_blocks`` on a GPU, by Triton kernels.
+
+    pool_inputs -> score_representative -> pool_masses -> choose_patterns
+        -> estimate_attention -> find_thresholds (-> narrow_thresholds, in turns, for large maps) -> pack_blocks
+
+Launch shapes depend on the sizes alone; which heads are query-aware is decided on the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import struct
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from flexprefill_compile.block_masks.layout import BlockTables, count_blocks
+from flexprefill_compile.block_masks.triton_representative import (
+    choose_patterns,
+    pool_inputs,
+    pool_masses,
+    score_representative,
+)
+from flexprefill_compile.block_masks.triton_selection import (
+    ABOVE_ONE,
+    estimate_attention,
+    find_thresholds,
+    narrow_thresholds,
+    pack_blocks,
+)
+from flexprefill_compile.config import SparsePrefillConfig
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_HEAD_DIM = 256
+MOST_BLOCKS = 16384  # a row of the grid is one vector of registers
+MAPS_AT_ONCE_BYTES = 2**29  # of pooled attention, float32: more heads take more launches
+MOST_BLOCKS_SMALL = 128  # a map of more is searched by several programs
+# Enough programs to fill the largest GPU of today a few times over.
+SCORE_PROGRAMS = 512
+
+
+def try_select(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    scale: float,
+    config: SparsePrefillConfig,
+    width: int,
+) -> BlockTables | None:
+    """Select by the kernels, or return None where they don't take the inputs or the GPU is too small for a tile."""
+    if not can_select(query, value, config):
+        return None
+    try:
+        return select_prefill_tables(query, key, value, scale, config, width)
+    except triton.OutOfResources as error:
+        logger.warning("blocks are selected by plain PyTorch, slower: %s", error)
+        return None
+
+
+def can_select(query: Tensor, value: Tensor | None, config: SparsePrefillConfig) -> bool:
+    """Tell whether the kernels take these inputs."""
+    value_dim = 0 if value is None else value.shape[-1]
+    return (
+        query.dtype in DTYPES
+        and max(query.shape[-1], value_dim) <= LARGEST_HEAD_DIM
+        and count_blocks(query.shape[-2], config.block_size) <= MOST_BLOCKS
+    )
+
+
+def select_prefill_tables(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    scale: float,
+    config: SparsePrefillConfig,
+    width: int,
+) -> BlockTables:
+    """Select and pack the blocks of causal attention.
+
+    The blocks are those of ``select_prefill_blocks``, but for masses within rounding of a threshold. Beside the
+    result, memory peaks at the pooled query, at four numbers for each 1 / block_size of the representative scores, and
+    at the maps of pooled attention, (B, H, num_blocks, num_blocks) float32 or ``MAPS_AT_ONCE_BYTES``, whichever is
+    less, but no less than one map.
+
+    Args:
+        query: (B, H, S, D), one of ``DTYPES``, any strides.
+        key: (B, Hkv, S, D), of the same dtype.
+        value: (B, Hkv, S, Dv), read for its NaN and inf only; None is not to look.
+        scale: Factor on the scores.
+        config: What to select.
+        width: Columns of the tables' indices.
+    """
+    with torch.cuda.device_of(query):
+        launch = _Launch(query, key, value, scale, config)
+        launch.read_inputs()
+        return launch.select(width)
+
+
+def choose_score_tiles(group_rows: int, block_size: int, width: int, element_size: int) -> tuple[int, int, int, int]:
+    """Return the rows and keys of a tile of scores, its warps and its pipeline stages."""
+    rows = min(64, max(16, triton.next_power_of_2(group_rows)))
+    keys = min(block_size, 64 if element_size == 2 else max(16, 4096 // width))
+    # A stage holds a whole key block.
+    num_warps = 4 if width * element_size <= 256 else 8
+    return rows, keys, num_warps, max(1, min(3, 2**17 * 3 // 4 // (block_size * width * element_size)))
+
+
+_compiled: dict[Any, dict[int, Any]] = {}
+MOST_SIGNATURES = 1024
+
+
+class _Launch:
+    """The buffers of one selection."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor | None, scale: float, config: SparsePrefillConfig
+    ) -> None:
+        self.query, self.key, self.value, self.scale, self.config = query, key, value, scale, config
+        # All that Triton compiles for: constants follow from shapes and settings.
+        inputs = (query, key) if value is None else (query, key, value)
+        layouts = tuple((x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in inputs)
+        signature = (query.device, query.dtype, layouts, config)
+        if len(_compiled) >= MOST_SIGNATURES and signature not in _compiled:
+            _compiled.clear()
+        self.compiled = _compiled.setdefault(signature, {})
+        self.batch, self.heads, self.length, self.head_dim = query.shape
+        self.kv_heads = key.shape[1]
+        self.block_size = config.block_size
+        self.num_blocks = count_blocks(self.length, self.block_size)
+        self.num_rows = min(self.length, self.block_size)
+        self.is_ragged = (self.length - self.num_rows) % self.block_size != 0
+        self.width = max(16, triton.next_power_of_2(self.head_dim))
+
+        def empty(*shape: int) -> Tensor:
+            return query.new_empty(shape, dtype=torch.float32)
+
+        heads, kv_heads = self.batch * self.heads, self.batch * self.kv_heads
+        self.pooled_query = empty(heads, self.num_blocks + 1, self.head_dim)
+        self.pooled_key = empty(kv_heads, self.num_blocks, self.head_dim)
+        self.query_peak = empty(heads, self.num_blocks + 1)
+        self.key_peak = empty(kv_heads, self.num_blocks)
+        self.value_peak = empty(kv_heads, self.num_blocks)
+        self.profiles = empty(heads, 2, self.num_blocks)
+        self.patterns = query.new_empty(heads, dtype=torch.int32)
+
+    def _run(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+        *,
+        num_warps: int,
+        num_stages: int = 3,
+    ) -> None:
+        """Launch a kernel; from its second launch with this signature on, without working out what to compile.
+
+        That takes Triton longer than the kernels run on short prompts.
+        """
+        compiled = self.compiled.get(id(kernel))
+        if compiled is None:
+            # The interpreter has nothing to return.
+            self.compiled[id(kernel)] = kernel[grid](
+                *arguments, **constants, num_warps=num_warps, num_stages=num_stages
+            )
+        else:
+            compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
+
+    def read_inputs(self) -> None:
+        """Pool the inputs, score the representative queries, and choose each head's pattern."""
+        if self.config.gamma == 1 and self.config.max_budget is None:
+            self.patterns.zero_()  # every block
+            return
+        query, key, value = self.query, self.key, self.value
+        looked_at = query if value is None else value
+        value_width = triton.next_power_of_2(looked_at.shape[-1])
+        kinds = self.heads + self.kv_heads * (1 if value is None else 2)
+        self._run(
+            pool_inputs,
+            (self.num_blocks + 1, self.batch * kinds),
+            (
+                query,
+                key,
+                looked_at,
+                self.pooled_query,
+                self.pooled_key,
+                self.query_peak,
+                self.key_peak,
+                self.value_peak,
+                self.length,
+                self.num_blocks,
+                self.batch,
+                self.heads,
+                self.kv_heads,
+                *query.stride(),
+                *key.stride(),
+                *looked_at.stride(),
+            ),
+            {
+                "HEAD_DIM": self.head_dim,
+                "VALUE_DIM": looked_at.shape[-1],
+                "WIDTH": self.width,
+                "VALUE_WIDTH": value_width,
+                "BLOCK": self.block_size,
+                "TOKENS": min(self.block_size, 16384 // max(self.width, value_width)),
+            },
+            num_warps=4,
+        )
+
+        group_rows = self.heads // self.kv_heads * self.num_rows
+        rows, keys, num_warps, num_stages = choose_score_tiles(
+            group_rows, self.block_size, self.width, query.element_size()
+        )
+        row_tiles = triton.cdiv(group_rows, rows)
+        programs = row_tiles * self.batch * self.kv_heads
+        chunk_blocks = max(1, self.num_blocks * programs // SCORE_PROGRAMS)
+        num_chunks = triton.cdiv(self.num_blocks, chunk_blocks)
+        masses = query.new_empty(
+            (4 if self.is_ragged else 3, self.batch * self.kv_heads, self.num_blocks, group_rows), dtype=torch.float32
+        )
+        chunk_masses = query.new_empty((self.batch * self.kv_heads, num_chunks, group_rows), dtype=torch.float32)
+        self._run(
+            score_representative,
+            (row_tiles, num_chunks, self.batch * self.kv_heads),
+            (
+                query,
+                key,
+                masses,
+                chunk_masses,
+                self.scale * math.log2(math.e),
+                self.length,
+                self.num_blocks,
+                self.num_rows,
+                group_rows,
+                masses.stride(0),
+                chunk_blocks,
+                self.kv_heads,
+                *query.stride(),
+                *key.stride(),
+            ),
+            {
+                "HEAD_DIM": self.head_dim,
+                "WIDTH": self.width,
+                "BLOCK": self.block_size,
+                "ROWS": rows,
+                "KEYS": keys,
+                "IS_RAGGED": self.is_ragged,
+                "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+            },
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+
+        pooled = query.new_empty((self.batch * self.heads, 5, self.num_blocks), dtype=torch.float32)
+        tile = 16
+        self._run(
+            pool_masses,
+            (triton.cdiv(self.num_blocks, tile), self.batch * self.heads),
+            (
+                masses,
+                chunk_masses,
+                self.pooled_query,
+                self.pooled_key,
+                pooled,
+                self.scale,
+                self.num_blocks,
+                self.num_rows,
+                num_chunks,
+                masses.stride(0),
+                self.heads,
+                self.kv_heads,
+            ),
+            {
+                "HEAD_DIM": self.head_dim,
+                "WIDTH": self.width,
+                "BLOCK": self.block_size,
+                "TILE": tile,
+                "IS_RAGGED": self.is_ragged,
+            },
+            num_warps=4,
+        )
+        self._run(
+            choose_patterns,
+            (self.batch * self.heads,),
+            (
+                pooled,
+                self.query_peak,
+                self.key_peak,
+                self.value_peak,
+                self.profiles,
+                self.patterns,
+                self.scale,
+                self.config.tau,
+                (self.length - self.num_rows) // self.block_size,
+                self.num_blocks,
+                self.heads,
+                self.kv_heads,
+            ),
+            {
+                "HEAD_DIM": self.head_dim,
+                "NUM_BLOCKS": triton.next_power_of_2(self.num_blocks),
+                "IS_RAGGED": self.is_ragged,
+                "HAS_VALUE": value is not None,
+            },
+            num_warps=max(1, min(8, self.num_blocks // 128)),
+        )
+
+    def select(self, width: int) -> BlockTables:
+        """Choose and pack, a number of heads at a time."""
+        counts = (self.batch, self.heads, self.num_blocks)
+        tables = BlockTables(
+            *(self.query.new_empty(shape, dtype=torch.int32) for shape in (counts, (*counts, width)) * 2)
+        )
+        num_heads = self.batch * self.heads
+        at_once = min(num_heads, max(1, MAPS_AT_ONCE_BYTES // (4 * self.num_blocks**2)))
+        has_maps = self.config.tau > 0
+        maps = self.profiles.new_empty(at_once if has_maps else 0, self.num_blocks, self.num_blocks)
+        thresholds = self.profiles.new_empty(num_heads, 2)
+        last_ties = self.patterns.new_empty(num_heads, 2)
+        for first in range(0, num_heads, at_once):
+            self._select_heads(first, min(at_once, num_heads - first), maps, thresholds, last_ties, tables)
+        return tables
+
+    def _select_heads(
+        self, first: int, count: int, maps: Tensor, thresholds: Tensor, last_ties: Tensor, tables: BlockTables
+    ) -> None:
+        config, num_blocks = self.config, self.num_blocks
+        if config.tau > 0:
+            tile = 64
+            self._run(
+                estimate_attention,
+                (triton.cdiv(num_blocks, tile), count),
+                (
+                    self.pooled_query,
+                    self.pooled_key,
+                    self.patterns,
+                    maps,
+                    self.scale * math.log2(math.e),
+                    first,
+                    num_blocks,
+                    self.heads,
+                    self.kv_heads,
+                ),
+                {
+                    "HEAD_DIM": self.head_dim,
+                    "WIDTH": self.width,
+                    "TILE": tile,
+                },
+                num_warps=4,
+                num_stages=1,
+            )
+        is_small = num_blocks <= MOST_BLOCKS_SMALL
+        columns = min(triton.next_power_of_2(num_blocks), 4096)
+        if config.gamma < 1:
+            self._run(
+                find_thresholds,
+                (2, count),
+                (
+                    self.profiles,
+                    maps,
+                    self.patterns,
+                    thresholds,
+                    last_ties,
+                    config.gamma,
+                    first,
+                    num_blocks,
+                ),
+                {
+                    "TILE_ROWS": min(columns, 4096 // columns) if is_small else 1,
+                    "TILE_COLUMNS": columns,
+                    "SECTIONS": 8,
+                    "HAS_MAPS": is_small and config.tau > 0,
+                },
+                num_warps=16 if is_small else max(4, columns // 256),
+            )
+        if config.gamma < 1 and config.tau > 0 and not is_small:
+            self._narrow_maps(first, count, maps, thresholds, last_ties)
+        self._run(
+            pack_blocks,
+            (count * num_blocks,),
+            (
+                self.profiles,
+                maps,
+                self.patterns,
+                thresholds,
+                last_ties,
+                self.key_peak,
+                self.value_peak,
+                *tables,
+                first,
+                num_blocks,
+                self.heads,
+                self.kv_heads,
+                tables.full_kv_indices.shape[-1],
+                count_blocks(config.min_budget, self.block_size),
+                0 if config.max_budget is None else config.max_budget // self.block_size,
+            ),
+            {
+                "NUM_BLOCKS": triton.next_power_of_2(num_blocks),
+                "IS_DENSE": config.gamma == 1,
+                "HAS_CEILING": config.max_budget is not None,
+                "HAS_VALUE": self.value is not None,
+            },
+            num_warps=max(1, min(8, num_blocks // 1024)),
+        )
+
+    def _narrow_maps(self, first: int, count: int, maps: Tensor, thresholds: Tensor, last_ties: Tensor) -> None:
+        """Find the thresholds of large maps, in as many turns as their bits can need."""
+        sections, chunks = 32, 32
+        # Were every entry smaller, all of them together could be left out.
+        smallest = 1.998 * (1 - self.config.gamma) / (self.num_blocks + 1)
+        (lowest,) = struct.unpack("i", struct.pack("f", smallest))
+        span, num_turns = ABOVE_ONE.value - lowest, 0
+        while span > 1:
+            span = -(-span // (sections + 1))
+            num_turns += 1
+        brackets = self.patterns.new_empty(num_turns, count, 2)
+        masses = self.profiles.new_empty(num_turns, count, chunks, sections)
+        for turn in range(num_turns + 1):
+            self._run(
+                narrow_thresholds,
+                (chunks if turn < num_turns else 1, count),
+                (
+                    maps,
+                    self.patterns,
+                    brackets,
+                    masses,
+                    thresholds,
+                    last_ties,
+                    self.config.gamma,
+                    lowest,
+                    turn,
+                    num_turns,
+                    first,
+                    self.num_blocks,
+                ),
+                {
+                    "TILE": min(triton.next_power_of_2(self.num_blocks), 256),
+                    "CHUNKS": chunks,
+                    "SECTIONS": sections,
+                },
+                num_warps=8,
+            )
