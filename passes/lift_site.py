@@ -111,12 +111,12 @@ def _take_apart(site: AttentionSite, config: SparsePrefillConfig) -> tuple[Trace
     match site.scores:
         case Masked(mask=mask):
             traced = trace_value(mask)
-            _check_edits(mask, traced, exempt=())
+            _check_edits(mask, traced, reader=site.node, exempt=())
             lifted = Lifter(traced, None, config.max_mask_elements, RULES).lift()
             return traced, split_mask(lifted, example_of(mask).dtype, _scale_of(site))
         case Logits(scores=scores, logits=logits, steps=steps):
             traced = trace_value(logits, product=scores)
-            _check_edits(logits, traced, exempt=steps)
+            _check_edits(logits, traced, reader=site.node, exempt=steps)
             lifted = Lifter(traced, int(example_of(site.query).shape[1]), config.max_mask_elements, RULES).lift()
             parts = split_logit(lifted, example_of(logits).dtype)
             return traced, dataclasses.replace(parts, scale=parts.scale * _scale_of(site))
@@ -134,15 +134,16 @@ class _EditedError(Exception):
     """Something that the mask is computed from is written into, where a walk along its ancestors can't see it."""
 
 
-def _check_edits(value: Node, traced: TracedValue, exempt: tuple[Node, ...]) -> None:
-    """Raise if a value's ancestors are edited between their own computation and the value's."""
+def _check_edits(value: Node, traced: TracedValue, reader: Node, exempt: tuple[Node, ...]) -> None:
+    """Raise if a value is edited before it is read, or its ancestors between their own computation and the value's."""
     order = {node: number for number, node in enumerate(value.graph.nodes)}
     for writer in value.graph.nodes:
-        if order[writer] > order[value] or writer in exempt:
+        if order[writer] > order[reader] or writer in exempt:
             continue
+        endangered = (value,) if order[writer] > order[value] else traced.ancestors
         for edited in map(example_of, edited_inputs(writer)):
-            for ancestor in traced.ancestors:
-                if order[ancestor] < order[writer] and shares_memory(ancestor, edited):
+            for node in endangered:
+                if order[node] < order[writer] and shares_memory(node, edited):
                     raise _EditedError(f"{writer.name} writes into it")
 
 

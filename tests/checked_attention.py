@@ -24,20 +24,30 @@ class TableError(AssertionError):
 
 
 @contextlib.contextmanager
-def without_code_generation() -> Iterator[None]:
-    """While active, FlexPrefillBackend runs its rewritten graphs eagerly and checks their tables as for gamma = 1."""
-    with mock.patch.object(backend_module, "compile_with_inductor", _run_checked):
+def without_code_generation(*, is_dense: bool = True) -> Iterator[None]:
+    """While active, FlexPrefillBackend runs its rewritten graphs eagerly and checks their tables.
+
+    Args:
+        is_dense: Whether the tables must hold every pair that the mask allows, as for gamma = 1.
+    """
+    attend = attend_checked if is_dense else attend_sparsely
+
+    def run_checked(
+        graph_module: GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]
+    ) -> Callable[..., Any]:
+        for module in graph_modules(graph_module):
+            for node in module.graph.find_nodes(op="call_function", target=flex_attention_hop):
+                node.target = attend
+            module.recompile()
+        return graph_module.forward
+
+    with mock.patch.object(backend_module, "compile_with_inductor", run_checked):
         yield
 
 
-def _run_checked(
-    graph_module: GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]
-) -> Callable[..., Any]:
-    for module in graph_modules(graph_module):
-        for node in module.graph.find_nodes(op="call_function", target=flex_attention_hop):
-            node.target = attend_checked
-        module.recompile()
-    return graph_module.forward
+def attend_sparsely(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend as ``attend_checked`` does, over tables that may leave blocks out."""
+    return attend_checked(*arguments, is_dense=False)
 
 
 def attend_checked(
@@ -50,6 +60,8 @@ def attend_checked(
     kernel_options: dict[str, Any],
     score_mod_captures: Sequence[Any] = (),
     mask_mod_captures: Sequence[Any] = (),
+    *,
+    is_dense: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend as FlexAttention's op does, over the blocks of the tables alone.
 
@@ -68,7 +80,7 @@ def attend_checked(
         torch.arange(key_length),
     )
     allowed = block_mask[-1](*indices, *mask_mod_captures).expand(batch, heads, query_length, key_length)
-    computed = check_tables(allowed, block_mask)
+    computed = check_tables(allowed, block_mask, is_dense=is_dense)
 
     group = heads // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
@@ -77,12 +89,13 @@ def attend_checked(
     return (weights @ value).to(query.dtype), scores.logsumexp(-1), scores.amax(-1)
 
 
-def check_tables(allowed: Tensor, block_mask: tuple[Any, ...]) -> Tensor:
-    """Check the tables of a BlockMask's tuple at gamma = 1 against its mask, by element.
+def check_tables(allowed: Tensor, block_mask: tuple[Any, ...], *, is_dense: bool = True) -> Tensor:
+    """Check the tables of a BlockMask's tuple against its mask, by element.
 
     Args:
         allowed: (B, H, Q, K) bool, the mask.
         block_mask: As ``BlockMask.as_tuple()`` gives it.
+        is_dense: Whether they must hold every pair that the mask allows.
 
     Returns:
         (B, H, Q, K) bool, the pairs that the tables compute.
@@ -101,7 +114,7 @@ def check_tables(allowed: Tensor, block_mask: tuple[Any, ...]) -> Tensor:
     if (full & ~allowed).any():
         raise TableError(f"full blocks hold pairs that the mask forbids, the first at {_first(full & ~allowed)}")
     computed = full | (partial & allowed)
-    if (allowed & ~computed).any():
+    if is_dense and (allowed & ~computed).any():
         raise TableError(f"pairs that the mask allows are in no block, the first at {_first(allowed & ~computed)}")
     return computed
 

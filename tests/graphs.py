@@ -17,7 +17,7 @@ from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass
 from flexprefill_compile.report import Site, Skipped
 
 Result = TypeVar("Result")
-CONFIG = SparsePrefillConfig(block_size=32, min_budget=0, min_length=32)
+CONFIG = SparsePrefillConfig(block_size=32, min_budget=0, min_length=32, check_masks=True)
 
 
 def inspect_graphs(

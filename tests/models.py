@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-OPTIONS: dict[str, Any] = {"block_size": 32, "min_budget": 0, "min_length": 64}
+OPTIONS: dict[str, Any] = {"block_size": 32, "min_budget": 0, "min_length": 64, "check_masks": True}
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -89,10 +89,7 @@ MASKS: dict[str, tuple[Make, tuple[Tensor, ...]]] = {
     ),
     "given": (lambda x, mask: mask, (torch.rand(BATCH, 1, LENGTH, LENGTH) > 0.5,)),
     "given, additive": (lambda x, mask: mask, (additive(torch.rand(BATCH, HEADS, LENGTH, LENGTH) > 0.5),)),
-    "joined": (
-        lambda x, pad: causal(x) & torch.cat([square(x)[:2, :4].bool(), pad[:, 4:].bool()], 1)[:, None, None],
-        (PAD,),
-    ),
+    "joined": (lambda x, pad: causal(x) & torch.cat([pad[:, :4] > -1, pad[:, 4:] > 0], 1)[:, None, None], (PAD,)),
     "ALiBi": (lambda x, slopes: additive(causal(x)) + slopes[:, None, None] * distance(x), (SLOPES,)),
     "relative positions": (
         lambda x, table: additive(causal(x)) + table[(-distance(x)[0, 0]).clamp(0, 7)].permute(2, 0, 1),
