@@ -60,7 +60,7 @@ def test_the_demo_says_why_attention_stayed_dense() -> None:
         Prefill(abs, first_s=2.0, times_s=[0.5], loss=1.0, predictions=torch.tensor([1, 2])) for _ in range(2)
     )
     summary = summarise(dense, sparse, report)
-    assert "left dense, 2 of 2: has an explicit attn_mask" in summary
+    assert "left dense, 2 of 2: not causal" in summary
     assert re.search(r"prefill\s+500.0 ms\s+500.0 ms\s+1.00x faster", summary)
 
 
