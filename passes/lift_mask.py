@@ -14,6 +14,7 @@ it: that is O(S) numbers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -307,7 +308,7 @@ class Lifter:
 
     def _check_affordable(self, node: Node) -> None:
         """Refuse a capture whose own computation makes a tensor for every query and key."""
-        scores = self.traced.output.meta["val"].shape[-2:].numel()
+        scores = math.prod(self.traced.output.meta["val"].shape[-2:])  # numel() would pin the sizes
         waiting, seen = [node], set()
         while waiting:
             current = waiting.pop()

@@ -18,7 +18,7 @@ from torch.torch_version import TorchVersion
 import flexprefill_compile.backend as backend_module
 from flexprefill_compile import SkipReason
 from flexprefill_compile.backend import FlexPrefillBackend
-from flexprefill_compile.passes import rewrite_sdpa
+from flexprefill_compile.passes import rewrite_attention
 from flexprefill_compile.passes.cpu_workarounds import KEEP_NAN
 from flexprefill_compile.torch_internals import cpp_flex_attention_template
 
@@ -65,7 +65,7 @@ def test_1_neither_lowers_without_a_copy(
     for is_repaired in (False, True):
         torch.compiler.reset()
         if not is_repaired:
-            monkeypatch.setattr(rewrite_sdpa, "realize_on_cpu", leave_as_it_is)
+            monkeypatch.setattr(rewrite_attention, "realize_on_cpu", leave_as_it_is)
         backend = FlexPrefillBackend()
         with torch.no_grad(), fresh_cache():
             torch.compile(model, backend=backend, options=EXACT)(x)

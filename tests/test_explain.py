@@ -23,7 +23,9 @@ class SparseThenMasked(nn.Module):
 def test_it_prints_and_returns_a_line_for_each_call(capsys: pytest.CaptureFixture[str]) -> None:
     mask = torch.ones(100, 100, dtype=torch.bool)
     with torch.no_grad():
-        report = explain(SparseThenMasked().eval(), torch.randn(1, 100, 64), mask=mask, options=OPTIONS | {"max_mask_elements": 0})
+        report = explain(
+            SparseThenMasked().eval(), torch.randn(1, 100, 64), mask=mask, options=OPTIONS | {"max_mask_elements": 0}
+        )
     assert [(site.rewritten, site.reason) for site in report.sites] == [
         (True, None),
         (False, SkipReason.MASK_NOT_LIFTED),
