@@ -25,6 +25,7 @@ from flexprefill_compile.passes.prefill_shapes import Refusal
 from flexprefill_compile.passes.split_scores import ScoreParts, split_logit, split_mask
 from flexprefill_compile.passes.trace import TracedValue, trace, trace_value
 from flexprefill_compile.report import SkipReason
+from flexprefill_compile.torch_internals import statically_known_true
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,10 @@ class LiftedSite:
     @property
     def is_plain(self) -> bool:
         """Whether it is causal attention and nothing else, for a prompt and its own keys."""
-        return self.bounds.is_plain and self.parts.bias is None and self.parts.softcap is None
+        is_alone = self.bounds.is_plain and self.parts.bias is None and self.parts.softcap is None
+        query_length, key_length = (example_of(x).shape[2] for x in (self.site.query, self.site.key))
+        # What is_causal means was settled by the matcher, with a guard where it had to.
+        return is_alone and (self.parts.mask is None or statically_known_true(query_length == key_length))
 
 
 PLAIN = MaskBounds(is_causal=True, offset=None, is_packed=False, is_given=False, is_plain=True)

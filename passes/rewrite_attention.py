@@ -140,7 +140,7 @@ def _select_masked(
     return _Selection(
         tables=_unpack(insert, tables),
         lengths=(shared.sizes.query_length, shared.sizes.key_length),
-        mask=sharing.mask_module(shared),
+        mask=_insert_submodule(sharing.module, shared.name, shared.module),
         mask_captures=shared.captures,
         score=score,
         score_captures=score_captures,

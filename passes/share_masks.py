@@ -105,12 +105,6 @@ class MaskSharing:
             (self._biases[identity],) = inline(self.graph, compute, arguments)
         return self._biases[identity]
 
-    def mask_module(self, shared: SharedMask) -> Node:
-        """Return a node of the mask_mod as a submodule."""
-        if not hasattr(self.module, shared.name):
-            self.module.add_submodule(shared.name, shared.module)
-        return self.graph.get_attr(shared.name)
-
     def name_of_score(self, score_mod: GraphModule) -> str:
         """Return the submodule name of a score_mod, one for all that are equal."""
         return self._score_names.setdefault(score_mod.code, f"flexprefill_score_{len(self._score_names) + 1}")

@@ -285,3 +285,18 @@ def test_a_capture_is_read_when_the_mask_is_built() -> None:
     ((graph_module,), (site,)) = rewrite_graphs(call, x, torch.tensor(3), config=CONFIG_EXACT)
     assert site.rewritten
     torch.testing.assert_close(graph_module(x, torch.tensor(3))[0], expected)
+
+
+def test_a_causal_mask_over_more_keys_than_queries_is_not_taken_for_a_prompt() -> None:
+    """A cache that is larger than its contents: causal from the first key on, which no causal selection knows."""
+
+    def call(q: Tensor, k: Tensor) -> Tensor:
+        mask = torch.arange(q.shape[2])[:, None] >= torch.arange(k.shape[2])
+        return F.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+
+    q, k = torch.randn(1, 4, LENGTH, 16), torch.randn(1, 4, LENGTH + 40, 16)
+    ((graph_module,), (site,)) = rewrite_graphs(call, q, k, config=CONFIG_EXACT)
+    assert site.rewritten
+    called = [node.target for node in graph_module.graph.nodes]
+    assert torch.ops.flexprefill.select_masked_blocks.default in called
+    torch.testing.assert_close(graph_module(q, k)[0], call(q, k))

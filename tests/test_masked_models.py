@@ -32,7 +32,13 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.2,  # at the default, attention is nearly uniform and tells little
 }
 BLOCK = 32
-OPTIONS: dict[str, Any] = {"block_size": BLOCK, "min_budget": 0, "min_length": 64, "on_skip": "raise"}
+OPTIONS: dict[str, Any] = {
+    "block_size": BLOCK,
+    "min_budget": 0,
+    "min_length": 64,
+    "on_skip": "raise",
+    "check_masks": True,
+}
 
 
 def llama() -> nn.Module:
