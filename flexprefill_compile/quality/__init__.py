@@ -1,1 +1,1 @@
-"""What sparse prefill loses on a real model, measured, and settings that keep the loss within a bound."""
+"""What sparse prefill loses on a real model: measured per attention call and in the model's own predictions."""
