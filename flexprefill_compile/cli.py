@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from flexprefill_compile.config import InvalidOptionError, SparsePrefillConfig
 from flexprefill_compile.errors import UsageError
@@ -37,6 +38,7 @@ def _create_parser() -> argparse.ArgumentParser:
     demo.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
     demo.add_argument("--device", default="cpu", help="cpu or cuda")
     demo.add_argument("--rounds", type=_positive, default=3, metavar="N", help="timed prefills of each kind, in turn")
+    _add_calibrate(commands)
     tune = commands.add_parser(
         "tune",
         help="measure from what length on sparse prefill pays on this machine",
@@ -56,6 +58,47 @@ def _create_parser() -> argparse.ArgumentParser:
     bench.add_argument("--calls", type=_positive, default=15, metavar="N", help="timed calls of each kind")
     bench.add_argument("--json", type=Path, help="a file for all figures")
     return parser
+
+
+def _add_calibrate(commands: Any) -> None:
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="find the cheapest settings by layer that keep a model's loss within a bound",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    calibrate.set_defaults(run=_run_calibrate)
+    calibrate.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the policy goes, as JSON")
+    calibrate.add_argument("--model", type=Path, help="a Hugging Face model folder or a GGUF file (SmolLM2-135M-Instruct)")
+    calibrate.add_argument(
+        "--text", type=Path, nargs="+", default=[], metavar="FILE", help="text files (licence texts of this machine)"
+    )
+    calibrate.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="tokens of each text, at most")
+    calibrate.add_argument("--bound", type=float, default=0.01, help="by how much of itself perplexity may grow")
+    calibrate.add_argument("--estimator", default="auto", help="how blocks are chosen")
+    calibrate.add_argument("--block-size", type=_positive, default=SparsePrefillConfig.block_size, metavar="N")
+    calibrate.add_argument("--layers-at-once", type=_positive, default=1, metavar="N", help="layers that share settings")
+    calibrate.add_argument("--max-runs", type=_positive, default=100, metavar="N", help="measurements, at most")
+    calibrate.add_argument("--device", default="cpu", help="cpu or cuda")
+
+
+def _run_calibrate(options: argparse.Namespace) -> None:
+    try:
+        from flexprefill_compile.quality.calibrate_command import run_calibrate  # noqa: PLC0415  (needs the extra "hf")
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"calibrate needs {error.name}, of the extra 'hf': pip install 'flexprefill-compile[hf]'"
+        ) from None
+    run_calibrate(
+        output=options.output,
+        model_path=options.model,
+        text_paths=options.text,
+        max_tokens=options.tokens,
+        bound=options.bound,
+        config=SparsePrefillConfig(estimator=options.estimator, block_size=options.block_size),
+        layers_at_once=options.layers_at_once,
+        max_runs=options.max_runs,
+        device=options.device,
+    )
 
 
 def _add_shape(command: argparse.ArgumentParser) -> None:

