@@ -4,15 +4,21 @@ from flexprefill_compile import block_masks
 from flexprefill_compile.config import InvalidOptionError, SparsePrefillConfig
 from flexprefill_compile.decorator import sparse_prefill
 from flexprefill_compile.explain import explain
+from flexprefill_compile.policy import LayerPolicy, ModelShape, Policy
+from flexprefill_compile.registry import register_estimator
 from flexprefill_compile.report import AttentionSkippedError, RewriteReport, SkipReason
 
 __all__ = [
     "AttentionSkippedError",
     "InvalidOptionError",
+    "LayerPolicy",
+    "ModelShape",
+    "Policy",
     "RewriteReport",
     "SkipReason",
     "SparsePrefillConfig",
     "block_masks",
     "explain",
+    "register_estimator",
     "sparse_prefill",
 ]
