@@ -62,9 +62,7 @@ def main() -> int:
 
 
 def _create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=type("", (argparse.RawDescriptionHelpFormatter,), {})
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a Hugging Face model folder or a GGUF file (SmolLM2)")
     parser.add_argument("--texts", nargs="+", default=["licences"], metavar="TEXT", help="licences, python, code, FILE")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048], metavar="N", help="tokens of each text")
@@ -110,9 +108,7 @@ def measure_points(
     model: Any, tokens: Tensor, source: str, options: argparse.Namespace, known: list[Point]
 ) -> Iterator[Point]:
     """Measure each setting of a text that is not known yet."""
-    measurers = {
-        select: TextMeasurer(model, [tokens], select) for select in (select_tables, select_by_oracle)
-    }
+    measurers = {select: TextMeasurer(model, [tokens], select) for select in (select_tables, select_by_oracle)}
     measurers[select_by_oracle].dense = measurers[select_tables].dense
     have = {_identify(point) for point in known}
     for estimator, block_size, gamma, budget in itertools.product(

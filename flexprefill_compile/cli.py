@@ -68,7 +68,7 @@ def _add_calibrate(commands: Any) -> None:
     )
     calibrate.set_defaults(run=_run_calibrate)
     calibrate.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the policy goes, as JSON")
-    calibrate.add_argument("--model", type=Path, help="a Hugging Face model folder or a GGUF file (SmolLM2-135M-Instruct)")
+    calibrate.add_argument("--model", type=Path, help="a Hugging Face model folder or a GGUF file (SmolLM2)")
     calibrate.add_argument(
         "--text", type=Path, nargs="+", default=[], metavar="FILE", help="text files (licence texts of this machine)"
     )
@@ -76,7 +76,7 @@ def _add_calibrate(commands: Any) -> None:
     calibrate.add_argument("--bound", type=float, default=0.01, help="by how much of itself perplexity may grow")
     calibrate.add_argument("--estimator", default="auto", help="how blocks are chosen")
     calibrate.add_argument("--block-size", type=_positive, default=SparsePrefillConfig.block_size, metavar="N")
-    calibrate.add_argument("--layers-at-once", type=_positive, default=1, metavar="N", help="layers that share settings")
+    calibrate.add_argument("--layers-at-once", type=_positive, default=1, metavar="N", help="layers set alike")
     calibrate.add_argument("--max-runs", type=_positive, default=100, metavar="N", help="measurements, at most")
     calibrate.add_argument("--device", default="cpu", help="cpu or cuda")
 

@@ -80,13 +80,15 @@ def calibrate(
         UsageError: A text is too short, the bound out of range, or no attention of the model can be sparse.
     """
     check_bound(max_loss_increase)
+    if not texts:
+        raise UsageError("calibrate must be given a text, got none")
     for number, text in enumerate(texts, start=1):
         check_text(text, f"text {number}", config.block_size)
     measurer = TextMeasurer(model, texts)
     layers, heads = measurer.dense.plain_layers, measurer.dense.heads
     parts = [layers[start : start + layers_at_once] for start in range(0, len(layers), layers_at_once)]
     ladder = [
-        *(LayerPolicy(gamma=gamma, min_budget=budget, estimator=config.estimator) for gamma, budget in rungs),
+        *(LayerPolicy(gamma=gamma, min_budget=budget, estimator=str(config.estimator)) for gamma, budget in rungs),
         LayerPolicy(dense=True),
     ]
     log = RunLog(runs_path)
@@ -110,14 +112,13 @@ def calibrate(
     levels, best = search.run()
     # Attention that can't be measured here is not made sparse by the policy either.
     chosen = {layer: LayerPolicy(dense=True) for layer in heads} | _spread(parts, [ladder[level] for level in levels])
-    shape = ModelShape(
-        architecture=type(model).__name__, num_layers=max(heads) + 1, num_heads=heads[layers[0]]
-    )
+    shape = ModelShape(architecture=type(model).__name__, num_layers=max(heads) + 1, num_heads=heads[layers[0]])
+    shares = [cost * len(layers) / len(part) for part, cost in zip(parts, best.costs, strict=True)]
     return Calibration(
         policy=Policy(shape, chosen),
         perplexity_ratio=math.exp(best.loss_increase),
         density=best.cost,
-        densities=_spread(parts, [cost * len(layers) / len(part) for part, cost in zip(parts, best.costs, strict=True)]),
+        densities=_spread(parts, shares),
         num_runs=len(search.measured) - 1,
     )
 
@@ -150,9 +151,7 @@ def _spread(parts: list[list[int]], values: list[T]) -> dict[int, T]:
 def _measure(
     measurer: TextMeasurer, setting: dict[int, LayerPolicy], parts: list[list[int]], config: SparsePrefillConfig
 ) -> Measurement:
-    configs = {
-        layer: dataclasses.replace(config, **own.overrides()) for layer, own in setting.items() if not own.dense
-    }
+    configs = {layer: dataclasses.replace(config, **own.overrides()) for layer, own in setting.items() if not own.dense}
     increase, densities = measurer.measure(configs)
     return Measurement(increase, tuple(sum(densities[layer] for layer in part) / len(densities) for part in parts))
 

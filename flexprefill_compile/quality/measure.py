@@ -90,9 +90,7 @@ class TextMeasurer:
             return attend_selected(query, key, value, tables, scale, configs[layer].block_size)
 
         increase = self._mean_loss(attend) - self.dense.loss
-        return increase, {
-            layer: torch.cat(found).mean().item() if found else 1.0 for layer, found in densities.items()
-        }
+        return increase, {layer: torch.cat(found).mean().item() if found else 1.0 for layer, found in densities.items()}
 
     def _mean_loss(self, attend: Attend, heads: dict[int, int] | None = None) -> float:
         """Prefill each text; collect the heads of each layer on the way."""
