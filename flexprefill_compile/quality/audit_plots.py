@@ -106,9 +106,8 @@ def _draw_picture(figure: Figure, axes: Any, picture: BlockPicture, recall: floa
     placing = {"extent": extent, "aspect": "auto", "interpolation": "nearest"}
     attention = picture.attention.masked_fill(picture.attention < LEAST_SHARE, torch.nan)
     image = axes.imshow(attention.numpy(), norm=LogNorm(LEAST_SHARE, 1), cmap="viridis", **placing)
-    left_out = (~picture.is_selected & (picture.attention > 0)).float()
-    axes.imshow(
-        left_out.masked_fill(left_out == 0, torch.nan).numpy(), cmap="Reds", vmin=0, vmax=1, alpha=0.45, **placing
-    )
+    is_left_out = ~picture.is_selected & (picture.attention > 0)
+    red = torch.ones(is_left_out.shape).masked_fill(~is_left_out, torch.nan)
+    axes.imshow(red.numpy(), cmap="Reds", vmin=0, vmax=1, alpha=0.45, **placing)
     axes.set(title=f"{picture.name}, head {picture.head}: recall {recall:.3f}", xlabel="key", ylabel="query")
     figure.colorbar(image, ax=axes, label="attention of a block; red: left out")
