@@ -4,13 +4,10 @@ from flexprefill_compile import block_masks
 from flexprefill_compile.config import InvalidOptionError, SparsePrefillConfig
 from flexprefill_compile.decorator import sparse_prefill
 from flexprefill_compile.explain import explain
-<<<<<<< HEAD
+from flexprefill_compile.policy import LayerPolicy, ModelShape, Policy
 from flexprefill_compile.quality.audit import audit
 from flexprefill_compile.quality.audit_report import AuditReport
-=======
-from flexprefill_compile.policy import LayerPolicy, ModelShape, Policy
 from flexprefill_compile.registry import register_estimator
->>>>>>> estimators
 from flexprefill_compile.report import AttentionSkippedError, RewriteReport, SkipReason
 
 __all__ = [
