@@ -26,18 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flexprefill", description="Sparse prefill for PyTorch models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo",
-        help="prefill a real model dense and sparse, and compare",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    demo.set_defaults(run=_run_demo)
-    demo.add_argument("--model", type=Path, help="a Hugging Face model folder or a GGUF file (SmolLM2-135M-Instruct)")
-    demo.add_argument("--text", type=Path, help="a text file (licence texts of this machine)")
-    demo.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="tokens of the text, at most")
-    demo.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
-    demo.add_argument("--device", default="cpu", help="cpu or cuda")
-    demo.add_argument("--rounds", type=_positive, default=3, metavar="N", help="timed prefills of each kind, in turn")
+    _add_demo(commands)
+    _add_audit(commands)
     _add_calibrate(commands)
     tune = commands.add_parser(
         "tune",
@@ -58,6 +48,32 @@ def _create_parser() -> argparse.ArgumentParser:
     bench.add_argument("--calls", type=_positive, default=15, metavar="N", help="timed calls of each kind")
     bench.add_argument("--json", type=Path, help="a file for all figures")
     return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="prefill a real model dense and sparse, and compare",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.set_defaults(run=_run_demo)
+    _add_prompt(demo)
+    demo.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
+    demo.add_argument("--rounds", type=_positive, default=3, metavar="N", help="timed prefills of each kind, in turn")
+
+
+def _add_audit(commands: Any) -> None:
+    audit = commands.add_parser(
+        "audit",
+        help="measure what sparse prefill of a model loses: by layer and head, and in its predictions",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    audit.set_defaults(run=_run_audit)
+    _add_prompt(audit)
+    _add_selection(audit)
+    audit.add_argument("--rows", type=_positive, default=128, metavar="N", help="query rows a head to compute exactly")
+    audit.add_argument("--json", type=Path, metavar="FILE", help="a file for all figures")
+    audit.add_argument("--plots", type=Path, metavar="FOLDER", help="a folder for pictures")
 
 
 def _add_calibrate(commands: Any) -> None:
@@ -81,24 +97,33 @@ def _add_calibrate(commands: Any) -> None:
     calibrate.add_argument("--device", default="cpu", help="cpu or cuda")
 
 
-def _run_calibrate(options: argparse.Namespace) -> None:
-    try:
-        from flexprefill_compile.quality.calibrate_command import run_calibrate  # noqa: PLC0415  (needs the extra "hf")
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"calibrate needs {error.name}, of the extra 'hf': pip install 'flexprefill-compile[hf]'"
-        ) from None
-    run_calibrate(
-        output=options.output,
-        model_path=options.model,
-        text_paths=options.text,
-        max_tokens=options.tokens,
-        bound=options.bound,
-        config=SparsePrefillConfig(estimator=options.estimator, block_size=options.block_size),
-        layers_at_once=options.layers_at_once,
-        max_runs=options.max_runs,
-        device=options.device,
+def _add_prompt(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model", type=Path, help="a Hugging Face model folder or a GGUF file (SmolLM2-135M-Instruct)"
     )
+    command.add_argument("--text", type=Path, help="a text file (licence texts of this machine)")
+    command.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="tokens of the text, at most")
+    command.add_argument("--device", default="cpu", help="cpu or cuda")
+
+
+def _add_selection(command: argparse.ArgumentParser) -> None:
+    """Add fields of SparsePrefillConfig; those that are not given keep their defaults."""
+    numbers: tuple[tuple[str, type, str], ...] = (
+        ("--gamma", float, "share of attention to reach"),
+        ("--min-budget", int, "tokens a row computes at least"),
+        ("--max-budget", int, "tokens a row computes at most"),
+        ("--block-size", int, "tokens to a side of a block"),
+    )
+    for name, kind, text in numbers:
+        command.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar="N", help=text)
+    command.add_argument("--estimator", default=argparse.SUPPRESS, metavar="NAME", help="how blocks are chosen")
+    command.add_argument("--policy", default=argparse.SUPPRESS, metavar="FILE", help="settings by layer, as JSON")
+
+
+def _read_selection(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what was given of ``_add_selection``."""
+    names = ("gamma", "min_budget", "max_budget", "block_size", "estimator", "policy")
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 def _add_shape(command: argparse.ArgumentParser) -> None:
@@ -133,6 +158,45 @@ def _run_demo(options: argparse.Namespace) -> None:
         config=SparsePrefillConfig(gamma=options.gamma, min_length=min(options.tokens, 4096)),
         device=options.device,
         rounds=options.rounds,
+    )
+
+
+def _run_audit(options: argparse.Namespace) -> None:
+    try:
+        from flexprefill_compile.quality.audit_command import run_audit  # noqa: PLC0415  (needs the extra "hf")
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"audit needs {error.name}, of the extra 'hf': pip install 'flexprefill-compile[hf]'"
+        ) from None
+    run_audit(
+        model_path=options.model,
+        text_path=options.text,
+        max_tokens=options.tokens,
+        options=_read_selection(options),
+        rows=options.rows,
+        json_path=options.json,
+        plots_path=options.plots,
+        device=options.device,
+    )
+
+
+def _run_calibrate(options: argparse.Namespace) -> None:
+    try:
+        from flexprefill_compile.quality.calibrate_command import run_calibrate  # noqa: PLC0415  (needs the extra "hf")
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"calibrate needs {error.name}, of the extra 'hf': pip install 'flexprefill-compile[hf]'"
+        ) from None
+    run_calibrate(
+        output=options.output,
+        model_path=options.model,
+        text_paths=options.text,
+        max_tokens=options.tokens,
+        bound=options.bound,
+        config=SparsePrefillConfig(estimator=options.estimator, block_size=options.block_size),
+        layers_at_once=options.layers_at_once,
+        max_runs=options.max_runs,
+        device=options.device,
     )
 
 

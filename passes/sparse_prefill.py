@@ -25,10 +25,17 @@ class SparsePrefillPass(GraphPass):
         sites: After the run, what became of each attention call.
     """
 
-    def __init__(self, config: SparsePrefillConfig, failures: Mapping[object, str]) -> None:
-        """Take what to do, and the signatures that inductor could not lower, with its error: they stay dense."""
+    def __init__(self, config: SparsePrefillConfig, failures: Mapping[object, str], observed_rows: int = 0) -> None:
+        """Take what to do.
+
+        Args:
+            config: What to select.
+            failures: The signatures that inductor could not lower, with its error: they stay dense.
+            observed_rows: How many rows of each rewritten attention are to be observed.
+        """
         self.config = config
         self.failures = failures
+        self.observed_rows = observed_rows
         self.sites: list[Site] = []
 
     def run(self, graph_module: GraphModule) -> None:
@@ -48,7 +55,7 @@ class SparsePrefillPass(GraphPass):
         site = found.lifted.site
         if site.signature in self.failures:
             return Skipped(site.name, site.shapes, SkipReason.LOWERING_FAILED, self.failures[site.signature])
-        rewrite_attention(found.lifted, found.config, sharing)
+        rewrite_attention(found.lifted, found.config, sharing, self.observed_rows)
         return Rewritten(site.name, site.shapes)
 
 

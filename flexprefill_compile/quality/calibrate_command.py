@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.errors import UsageError
 from flexprefill_compile.hf import load_model, read_tokens
 from flexprefill_compile.policy import Policy
+from flexprefill_compile.progress import show_steps
 from flexprefill_compile.quality.calibrate import Calibration, calibrate, check_bound, check_text
 from flexprefill_compile.quality.ladder import Measurement
 from flexprefill_compile.report import format_table
@@ -51,24 +51,20 @@ def run_calibrate(
     check_bound(bound)
     if not output.parent.is_dir():
         raise UsageError(f"no folder {output.parent} for the policy")
-    console.print("loading the model ...")
-    model, tokenizer = load_model(model_path, device)
-    texts = [read_tokens(tokenizer, path, max_tokens) for path in text_paths or (None,)]
-    for tokens, source in texts:
-        console.print(f"{source}: {tokens.shape[1]} tokens", highlight=False)
-        check_text(tokens, source, config.block_size)
-    _check_output(output, model)
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
-    ) as progress:
-        task = progress.add_task("dense prefill", total=None)
+    with show_steps(console) as step:
+        step("loading the model")
+        model, tokenizer = load_model(model_path, device)
+        _check_output(output, model)
+        texts = [read_tokens(tokenizer, path, max_tokens) for path in text_paths or (None,)]
+        for tokens, source in texts:
+            console.print(f"{source}: {tokens.shape[1]} tokens", highlight=False)
+            check_text(tokens, source, config.block_size)
 
         def show(number: int, is_kept: bool, run: Measurement, best: Measurement) -> None:
             line = f"run {number}{' (kept)' if is_kept else ''}: {_format(run)}; best so far: {_format(best)}"
-            progress.update(task, description=line)
-            if not console.is_terminal:
-                console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, highlight=False, soft_wrap=True)
 
+        step("measuring")
         found = calibrate(
             model,
             [tokens.to(device) for tokens, _ in texts],
