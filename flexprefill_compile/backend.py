@@ -117,7 +117,7 @@ def compile_graph(
 
     try:
         return attempt({})
-    except CONTROL_FLOW:
+    except (*CONTROL_FLOW, InvalidOptionError):
         raise
     except Exception as error:
         snapshot.restore()
