@@ -117,7 +117,7 @@ def compile_graph(
 
     try:
         return attempt({})
-    except (*CONTROL_FLOW, InvalidOptionError):
+    except CONTROL_FLOW:
         raise
     except Exception as error:
         snapshot.restore()
