@@ -126,4 +126,4 @@ torch.library.impl(CHECK_MASK, "CompositeExplicitAutograd", _check_mask, lib=_li
 torch.library.register_fake(SELECT_BLOCKS, _fake_select_blocks, lib=_library)
 torch.library.register_fake(SELECT_MASKED_BLOCKS, _fake_select_masked_blocks, lib=_library)
 torch.library.register_fake(REALIZE, _fake_realize, lib=_library)
-torch.library.impl(REALIZE, "CPU", _realize, lib=_library)
+torch.library.impl(REALIZE, "CompositeExplicitAutograd", _realize, lib=_library)
