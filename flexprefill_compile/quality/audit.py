@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -66,12 +65,17 @@ def audit(
         num_tokens=prompt.tokens.shape[1],
         num_prompts=prompt.tokens.shape[0],
         num_rows=min(rows, prompt.tokens.shape[1]),
-        options={name: value for name, value in dataclasses.asdict(config).items() if name in options},
+        options={name: value if _is_plain(value) else str(value) for name, value in options.items()},
         num_attention_calls=len(sparse.report.sites),
         predictions=compare_predictions(dense_logits, sparse.logits, prompt.tokens, prompt.is_counted),
         calls=tuple(auditor.calls),
         pictures=tuple(auditor.pictures),
     )
+
+
+def _is_plain(value: object) -> bool:
+    """Tell whether JSON gives a value back as it is."""
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 class _Auditor:
