@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from checked_attention import without_code_generation
-from test_cli import model_folder, one_sentence  # noqa: F401  (a fixture)
+from test_cli import model_folder as tiny_model  # noqa: F401
+from test_cli import one_sentence
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -279,9 +280,9 @@ def text_file(tmp_path: Path) -> Path:
 
 
 def test_the_command_prints_a_table_and_writes_files(
-    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["audit", "--model", str(model_folder), "--text", str(text_file), "--tokens", "300"]
+    arguments = ["audit", "--model", str(tiny_model), "--text", str(text_file), "--tokens", "300"]
     selection = ["--gamma", "0.8", "--min-budget", "0", "--block-size", "32", "--estimator", "flexprefill"]
     outputs = ["--rows", "16", "--json", str(tmp_path / "audit.json"), "--plots", str(tmp_path / "plots")]
     assert main([*arguments, *selection, *outputs]) == 0
@@ -295,9 +296,9 @@ def test_the_command_prints_a_table_and_writes_files(
 
 
 def test_the_command_gives_one_sentence_for_each_mistake(
-    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["audit", "--model", str(model_folder), "--text", str(text_file)]
+    arguments = ["audit", "--model", str(tiny_model), "--text", str(text_file)]
     mistakes = {
         ("--tokens", "200"): "the text must be of two blocks at least, 256 tokens, got 200",
         ("--gamma", "2"): "gamma must be in (0, 1], got 2.0",

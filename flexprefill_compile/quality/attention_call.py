@@ -170,6 +170,7 @@ def _look(call: ObservedAttention, prompt: int, heads: slice, rows: slice, posit
 
 def _take(x: Tensor, prompt: int, heads: slice, rows: slice) -> Tensor:
     """Cut one prompt, some heads and some rows out of what broadcasts to (B, H, R, N)."""
+    x = x[(None,) * (4 - x.dim())]
     x = x[prompt if x.shape[0] > 1 else 0]
     x = x[heads] if x.shape[0] > 1 else x
     return x[:, rows] if x.shape[1] > 1 else x
