@@ -87,7 +87,7 @@ def run_demo(
 
         backend = FlexPrefillBackend()
         dense = Prefill(torch.compile(model, backend="inductor"))
-        sparse = Prefill(torch.compile(model, backend=backend, options=dataclasses.asdict(config)))
+        sparse = Prefill(torch.compile(model, backend=backend, options=config.as_options()))
         with torch.no_grad():
             for name, prefill in (("dense", dense), ("sparse", sparse)):
                 step(f"{name}: compiling")

@@ -21,16 +21,17 @@ OBSERVE = f"{NAMESPACE}::observe"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 _library.define(
-    "select_blocks(Tensor query, Tensor key, Tensor? value, float scale, float gamma, float tau, int min_budget, "
-    "int? max_budget, int block_size, str estimator) -> (Tensor, Tensor, Tensor, Tensor)",
+    "select_blocks(Tensor query, Tensor key, Tensor? value, float scale, float[] gamma, float tau, int min_budget, "
+    "int? max_budget, int block_size, int dense_last, str estimator) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    # From ``certain`` to ``block_offset`` the fields of ``block_masks.mask_facts.MaskFacts``.
+    # From ``certain`` to ``offset`` the fields of ``block_masks.mask_facts.MaskFacts``.
     "select_masked_blocks(Tensor query, Tensor key, Tensor? value, Tensor certain, Tensor possible, Tensor required, "
     "Tensor rows, Tensor row_mask, Tensor key_counts, Tensor query_counts, Tensor first_block, Tensor last_block, "
-    "Tensor block_offset, Tensor? score_bias, float scale, float? softcap, float gamma, float tau, int min_budget, "
-    "int? max_budget, int block_size, str estimator) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor block_offset, Tensor offset, Tensor? score_bias, float scale, float? softcap, float[] gamma, float tau, "
+    "int min_budget, int? max_budget, int block_size, int dense_last, str estimator) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("realize(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -65,11 +66,12 @@ def _fake_select_blocks(
     key: Tensor,
     value: Tensor | None,
     scale: float,
-    gamma: float,
+    gamma: list[float],
     tau: float,
     min_budget: int,
     max_budget: int | None,
     block_size: int,
+    dense_last: int,
     estimator: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_blocks = (query.shape[2] + block_size - 1) // block_size

@@ -120,7 +120,7 @@ def _select_causal(
 ) -> _Selection:
     """Insert the op that selects blocks of causal attention. The op's arguments key inductor's caches."""
     tables = insert(
-        torch.ops.flexprefill.select_blocks.default, *inputs, lifted.parts.scale, *_settings(config), name="tables"
+        torch.ops.flexprefill.select_blocks.default, *inputs, lifted.parts.scale, *config.selection, name="tables"
     )
     length = sharing.measure(inputs[0], inputs[1]).query_length
     mask = _insert_submodule(sharing.module, MASK_MODULE, causal_mask)
@@ -138,7 +138,7 @@ def _select_masked(
     tables = insert(
         torch.ops.flexprefill.select_masked_blocks.default,
         *(*inputs, *shared.facts, bias, parts.scale, parts.softcap),
-        *_settings(config),
+        *config.selection,
         name="tables",
     )
     score, score_captures = _insert_score(lifted, sharing)
@@ -150,10 +150,6 @@ def _select_masked(
         score=score,
         score_captures=score_captures,
     )
-
-
-def _settings(config: SparsePrefillConfig) -> tuple[Any, ...]:
-    return config.gamma, config.tau, config.min_budget, config.max_budget, config.block_size, config.estimator
 
 
 def _unpack(insert: Insert, tables: Node) -> tuple[Node, ...]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flexprefill_compile.block_masks.layout import pool_blocks, pool_counted_blocks
 from flexprefill_compile.block_masks.mask_facts import MaskFacts
-from flexprefill_compile.block_masks.masked_prefill import list_runs
+from flexprefill_compile.block_masks.masked_flexprefill import list_runs
 from flexprefill_compile.block_masks.masked_representative import average_rows, compute_masked_attention
 from flexprefill_compile.block_masks.observing import ObservedAttention
 from flexprefill_compile.block_masks.patterns import measure_distance, measure_masked_distance
@@ -27,7 +27,7 @@ def find_patterns(call: ObservedAttention, config: SparsePrefillConfig) -> list[
     device.
     """
     if config.estimator != "flexprefill":
-        return [(config.estimator, None)] * call.query.shape[1]
+        return [(str(config.estimator), None)] * call.query.shape[1]
     if call.rule.bias is not None:  # the pooled estimate knows no bias
         return [(VERTICAL_SLASH, None)] * call.query.shape[1]
     distances, weights = _measure(call, config.block_size)
