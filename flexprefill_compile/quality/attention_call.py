@@ -143,7 +143,7 @@ def _measure_rows(call: ObservedAttention, selected: Tensor, prompt: int, kv_hea
         by_block = sum_blocks(attention, block_size)
         dense = attention @ value
         squares = torch.stack([(output - dense).square().sum(-1), dense.square().sum(-1)], dim=-1)
-        recall = (by_block * selected[prompt, heads, rows]).sum(-1)
+        recall = (by_block * selected[prompt, heads, rows]).sum(-1).clamp(max=1)
         parts.append(_Rows(recall, squares, by_block, sees))
     return _Rows(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))
 
