@@ -16,8 +16,8 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from flexprefill_compile.config import InvalidOptionError, SparsePrefillConfig, split_options
-from flexprefill_compile.crossing import settle_min_length
+from flexprefill_compile.config import DensityCeiling, InvalidOptionError, SparsePrefillConfig, split_options
+from flexprefill_compile.crossing import settle_ceiling, settle_min_length
 from flexprefill_compile.passes.cpu_workarounds import repaired_cpu_template
 from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass, find_signatures
 from flexprefill_compile.report import RewriteReport, Site, check_skips
@@ -25,6 +25,7 @@ from flexprefill_compile.torch_internals import (
     CONTROL_FLOW,
     GraphSnapshot,
     compile_with_inductor,
+    has_cuda_graphs,
     inductor_option_names,
     list_mode_options,
 )
@@ -68,7 +69,8 @@ class FlexPrefillBackend:
         config, config_patches = split_options(options, inductor_option_names())
         config = settle_min_length(config, example_inputs)
         config_patches = mode_patches(mode) | config_patches
-        compiled, sites = compile_graph(graph_module, example_inputs, config, config_patches)
+        ceiling = settle_ceiling(config, example_inputs, has_cuda_graphs=has_cuda_graphs(config_patches))
+        compiled, sites = compile_graph(graph_module, example_inputs, config, config_patches, ceiling)
         self.report = RewriteReport(self.report.sites + tuple(sites))
         return compiled
 
@@ -97,8 +99,11 @@ def compile_graph(
     example_inputs: Sequence[Any],
     config: SparsePrefillConfig,
     config_patches: dict[str, Any],
+    ceiling: DensityCeiling | None = None,
 ) -> tuple[CompiledGraph, list[Site]]:
     """Rewrite a graph and compile it; attention that inductor fails on in its sparse form is left dense.
+
+    A ceiling on density that it fails on is given up first.
 
     Returns:
         The compiled graph, and what became of each of its attention calls.
@@ -108,7 +113,7 @@ def compile_graph(
     def attempt(failures: Mapping[object, str], *, is_trial: bool = False) -> tuple[CompiledGraph, list[Site]]:
         if failures:  # not the first attempt
             snapshot.restore()
-        sparse_prefill = SparsePrefillPass(config, failures)
+        sparse_prefill = SparsePrefillPass(config, failures, ceiling)
         sparse_prefill(graph_module)
         if config.on_skip == "raise" and not is_trial:
             check_skips(sparse_prefill.sites)
@@ -121,6 +126,9 @@ def compile_graph(
         raise
     except Exception as error:
         snapshot.restore()
+        if ceiling is not None:
+            logger.warning("without a ceiling on density: %s", _summarise(error))
+            return compile_graph(graph_module, example_inputs, config, config_patches)
         signatures = find_signatures(graph_module, config)
         if not signatures:
             raise

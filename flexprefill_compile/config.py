@@ -31,6 +31,10 @@ class SparsePrefillConfig:
         block_size: Tokens to a side of a block: a power of two from 16 to 512.
         min_length: Prompts of fewer tokens keep dense attention. None is where sparse prefill starts to pay on the
             device, see ``crossing``.
+        max_density: Share of the causal blocks above which a call runs dense after all, in (0, 1], decided at run
+            time by reading one number from the device; 1 is never. None is what was measured for the device, see
+            ``crossing``. Given, it holds at every length, and ``min_length``, if None, is where reading costs nothing.
+            Plain causal attention only, and not under CUDA graphs, which can't decide.
         max_mask_elements: Attention under a mask tensor that the model is given, of more elements than this, stays
             dense. Masks that the model computes from positions and lengths are never read and have no limit.
         check_masks: Compare each mask with the formula it was turned into, at run time, and raise where they differ.
@@ -50,6 +54,7 @@ class SparsePrefillConfig:
     max_budget: int | None = None
     block_size: int = 128
     min_length: int | None = None
+    max_density: float | None = None
     max_mask_elements: int = 2**26
     check_masks: bool = False
     estimator: str = "flexprefill"
@@ -79,6 +84,12 @@ class SparsePrefillConfig:
             self.min_length is None or _is_integer(self.min_length, 1),
         )
         _check(
+            "max_density",
+            self.max_density,
+            "None or a share of the blocks in (0, 1]",
+            self.max_density is None or (_is_number(self.max_density) and 0 < self.max_density <= 1),
+        )
+        _check(
             "max_mask_elements",
             self.max_mask_elements,
             "a number of elements, at least 0",
@@ -93,6 +104,19 @@ class SparsePrefillConfig:
         _check("kernel_options", self.kernel_options, "a mapping of FlexAttention's kernel options", are_names)
         object.__setattr__(self, "kernel_options", tuple(sorted(items)))
         _check("on_skip", self.on_skip, f"one of {', '.join(ON_SKIP)}", self.on_skip in ON_SKIP)
+
+
+@dataclasses.dataclass(frozen=True)
+class DensityCeiling:
+    """When plain causal attention that turns out not to be sparse runs dense.
+
+    Attributes:
+        max_density: The largest share of the causal blocks that runs sparse.
+        from_length: Shorter prompts, in tokens, run sparse whatever they select.
+    """
+
+    max_density: float
+    from_length: int
 
 
 def split_options(

@@ -12,7 +12,8 @@ and under a mask, whose facts are shared by its layers (share_masks.py),
     tables = flexprefill.select_masked_blocks(q, k, v, *facts, score_bias, scale, softcap, gamma, ...)
     out = flex_attention(q, k, v, score_mod, (Sq, Skv, *tables, ..., mask_mod), scale, ..., captures, captures)[0]
 
-The mask_mod runs on every block not proven full, so the result is exact attention over the selected blocks.
+Under a ceiling on density, plain causal attention chooses at run time (ceiling_branches.py). The mask_mod runs on every
+block not proven full, so the result is exact attention over the selected blocks.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from torch.utils._pytree import tree_map_only
 
 from flexprefill_compile.block_masks.layout import BlockTables
 from flexprefill_compile.block_masks.prefill import causal_mask, create_block_mask
-from flexprefill_compile.config import SparsePrefillConfig
+from flexprefill_compile.config import DensityCeiling, SparsePrefillConfig
 from flexprefill_compile.passes.attention_site import AttentionSite, Logits, Masked, example_of
+from flexprefill_compile.passes.ceiling_branches import insert_choice
 from flexprefill_compile.passes.cpu_workarounds import realize_on_cpu
 from flexprefill_compile.passes.lift_mask import INDEX_NAMES
 from flexprefill_compile.passes.lift_site import LiftedSite
@@ -66,13 +68,16 @@ class _Selection(NamedTuple):
     score_captures: tuple[Any, ...]
 
 
-def rewrite_attention(lifted: LiftedSite, config: SparsePrefillConfig, sharing: MaskSharing) -> None:
+def rewrite_attention(
+    lifted: LiftedSite, config: SparsePrefillConfig, sharing: MaskSharing, ceiling: DensityCeiling | None = None
+) -> None:
     """Replace the attention of a site by its sparse form, in place.
 
     Args:
         lifted: A match, understood.
         config: What to select.
         sharing: Of the site's own graph module, which gains the mask_mod and the score_mod as submodules.
+        ceiling: When plain causal attention runs dense after all.
     """
     site = lifted.site
     insert = _start_inserting(sharing.graph, site.node)
@@ -82,7 +87,7 @@ def rewrite_attention(lifted: LiftedSite, config: SparsePrefillConfig, sharing: 
             inputs[0] = sharing.check_mask(lifted, inputs[0], inputs[1], site.scores.mask)
         select = _select_causal if lifted.is_plain else _select_masked
         selection = select(insert, lifted, config, sharing, inputs)
-        attention = _insert_attention(sharing, lifted, inputs, selection, config)
+        attention = _insert_attention(sharing, lifted, inputs, selection, config, ceiling)
         output = insert(operator.getitem, attention, 0)
         output = realize_on_cpu(insert, output, example_of(output).device)
         output = _restore_layout(insert, output, site)
@@ -156,7 +161,12 @@ def _unpack(insert: Insert, tables: Node) -> tuple[Node, ...]:
 
 
 def _insert_attention(
-    sharing: MaskSharing, lifted: LiftedSite, inputs: list[Node], selection: _Selection, config: SparsePrefillConfig
+    sharing: MaskSharing,
+    lifted: LiftedSite,
+    inputs: list[Node],
+    selection: _Selection,
+    config: SparsePrefillConfig,
+    ceiling: DensityCeiling | None,
 ) -> Node:
     """Insert FlexAttention over the selected blocks; return the node of (output, logsumexp, ...).
 
@@ -171,13 +181,15 @@ def _insert_attention(
     ).as_tuple()
     block_mask = (*selection.lengths, *(nodes.get(id(entry), entry) for entry in entries), selection.mask)
     options = complete_kernel_options(_choose_kernel_options(lifted, config, *examples[1:]), *examples)
-    attention = sharing.graph.call_function(
-        flex_attention_hop,
-        (
-            *(*inputs, selection.score, block_mask, lifted.parts.scale, options),
-            *(selection.score_captures, selection.mask_captures),
-        ),
+    arguments: tuple[Any, ...] = (
+        *(*inputs, selection.score, block_mask, lifted.parts.scale, options),
+        *(selection.score_captures, selection.mask_captures),
     )
+    if ceiling is not None and lifted.is_plain:
+        operands = [*inputs, *selection.tables]
+        attention = insert_choice(sharing.module, operands, arguments, selection.lengths[0], ceiling)
+    else:
+        attention = sharing.graph.call_function(flex_attention_hop, arguments)
     query, value = examples[0], examples[2]
     attention.meta = lifted.site.node.meta | {"example_value": (query.new_empty(*query.shape[:-1], value.shape[-1]),)}
     return attention

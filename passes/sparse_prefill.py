@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch.fx import GraphModule, Node
 
-from flexprefill_compile.config import SparsePrefillConfig
+from flexprefill_compile.config import DensityCeiling, SparsePrefillConfig
 from flexprefill_compile.passes.attention_site import AttentionSite
 from flexprefill_compile.passes.base import GraphPass, graph_modules
 from flexprefill_compile.passes.lift_site import LiftedMasks, LiftedSite, lift_site
@@ -23,9 +23,12 @@ class SparsePrefillPass(GraphPass):
         sites: After the run, what became of each attention call.
     """
 
-    def __init__(self, config: SparsePrefillConfig, failures: Mapping[object, str]) -> None:
+    def __init__(
+        self, config: SparsePrefillConfig, failures: Mapping[object, str], ceiling: DensityCeiling | None = None
+    ) -> None:
         """Take what to do, and the signatures that inductor could not lower, with its error: they stay dense."""
         self.config = config
+        self.ceiling = ceiling
         self.failures = failures
         self.sites: list[Site] = []
 
@@ -44,7 +47,7 @@ class SparsePrefillPass(GraphPass):
         site = found.site
         if site.signature in self.failures:
             return Skipped(site.name, site.shapes, SkipReason.LOWERING_FAILED, self.failures[site.signature])
-        rewrite_attention(found, self.config, sharing)
+        rewrite_attention(found, self.config, sharing, self.ceiling)
         return Rewritten(site.name, site.shapes)
 
 

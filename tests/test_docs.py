@@ -32,6 +32,7 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
         shown = {
             "max_budget": "none",
             "min_length": "measured",
+            "max_density": "measured",
             "kernel_options": "none",
             "on_skip": '`"keep"`',
         }.get(name, str(field.default))
