@@ -9,6 +9,7 @@ What ``torch.compile(model, backend="flexprefill", options={"gamma": 0.9})`` doe
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,6 +28,7 @@ from flexprefill_compile.torch_internals import (
     compile_with_inductor,
     has_cuda_graphs,
     inductor_option_names,
+    is_flash_available,
     list_mode_options,
 )
 
@@ -103,7 +105,7 @@ def compile_graph(
 ) -> tuple[CompiledGraph, list[Site]]:
     """Rewrite a graph and compile it; attention that inductor fails on in its sparse form is left dense.
 
-    A ceiling on density that it fails on is given up first.
+    A ceiling on density and kernels that were chosen for the user are given up first.
 
     Returns:
         The compiled graph, and what became of each of its attention calls.
@@ -126,9 +128,12 @@ def compile_graph(
         raise
     except Exception as error:
         snapshot.restore()
-        if ceiling is not None:
-            logger.warning("without a ceiling on density: %s", _summarise(error))
-            return compile_graph(graph_module, example_inputs, config, config_patches)
+        may_use_flash = config.kernel_backend == "auto" and is_flash_available()
+        if ceiling is not None or may_use_flash:
+            logger.warning("tried again without a ceiling on density and without flash-attn-4: %s", _summarise(error))
+            backend = "triton" if may_use_flash else config.kernel_backend
+            safer = dataclasses.replace(config, kernel_backend=backend)
+            return compile_graph(graph_module, example_inputs, safer, config_patches)
         signatures = find_signatures(graph_module, config)
         if not signatures:
             raise

@@ -11,6 +11,7 @@ from flexprefill_compile.torch_internals import PassesThroughDynamo
 
 ESTIMATORS = ("flexprefill",)
 ON_SKIP = ("keep", "raise")
+KERNEL_BACKENDS = ("auto", "triton", "flash")
 
 
 class InvalidOptionError(PassesThroughDynamo, ValueError):
@@ -42,6 +43,9 @@ class SparsePrefillConfig:
         estimator: How blocks are chosen: ``"flexprefill"``.
         on_skip: What to do about an attention call that has to stay dense: ``"keep"`` it and report it, or
             ``"raise"``. Decode steps and short prompts are dense by design and never raise.
+        kernel_backend: What FlexAttention runs on a GPU: its ``"triton"`` template, ``"flash"``, the kernels of
+            flash-attn-4, or ``"auto"``: flash where it is installed and fits. Asked for, calls that flash doesn't fit
+            stay dense, with the reason.
         kernel_options: FlexAttention's own, names and values, over those chosen here: a mapping, kept as its items.
 
     Raises:
@@ -59,6 +63,7 @@ class SparsePrefillConfig:
     check_masks: bool = False
     estimator: str = "flexprefill"
     on_skip: str = "keep"
+    kernel_backend: str = "auto"
     kernel_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -97,6 +102,12 @@ class SparsePrefillConfig:
         )
         _check("check_masks", self.check_masks, "True or False", isinstance(self.check_masks, bool))
         _check("estimator", self.estimator, f"one of {', '.join(ESTIMATORS)}", self.estimator in ESTIMATORS)
+        _check(
+            "kernel_backend",
+            self.kernel_backend,
+            f"one of {', '.join(KERNEL_BACKENDS)}",
+            self.kernel_backend in KERNEL_BACKENDS,
+        )
         items = self.kernel_options.items() if isinstance(self.kernel_options, Mapping) else self.kernel_options
         are_names = isinstance(items, Collection) and all(
             isinstance(item, tuple) and isinstance(item[0], str) for item in items

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, cast
 
@@ -45,6 +46,7 @@ __all__ = [
     "guard_or_false",
     "has_cuda_graphs",
     "inductor_option_names",
+    "is_flash_available",
     "lay_out_as_query",
     "list_mode_options",
     "make_fx_under",
@@ -178,6 +180,14 @@ def complete_kernel_options(options: dict[str, Any], query: Tensor, key: Tensor,
 def lay_out_as_query(output: Tensor, query: Tensor) -> Tensor:
     """Copy an attention's output to the strides that FlexAttention gives it; empty ones cost nothing as fakes."""
     return _permute_strides(output, query.stride())
+
+
+def is_flash_available() -> bool:
+    """Tell whether flash-attn-4 is installed, the way inductor's FlexAttention looks for it."""
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except ImportError:  # no flash_attn at all
+        return False
 
 
 def cpp_flex_attention_template() -> ModuleType:

@@ -33,6 +33,7 @@ from flexprefill_compile.config import DensityCeiling, SparsePrefillConfig
 from flexprefill_compile.passes.attention_site import AttentionSite, Logits, Masked, example_of
 from flexprefill_compile.passes.ceiling_branches import insert_choice
 from flexprefill_compile.passes.cpu_workarounds import realize_on_cpu
+from flexprefill_compile.passes.kernel_options import choose_kernel_options
 from flexprefill_compile.passes.lift_mask import INDEX_NAMES
 from flexprefill_compile.passes.lift_site import LiftedSite
 from flexprefill_compile.passes.share_masks import MaskSharing
@@ -44,8 +45,6 @@ Insert = Callable[..., Node]
 # Fixed names, because inductor's caches key on them.
 MASK_MODULE = "flexprefill_causal_mask"
 SCORE_MODULE = "flexprefill_identity_score"
-# Above it, tiles of several pipeline stages outgrow the shared memory of a GPU.
-LARGEST_PIPELINED_ROW_BYTES = 512
 
 
 class _Selection(NamedTuple):
@@ -180,7 +179,7 @@ def _insert_attention(
         tables, examples[0].shape[-2], examples[1].shape[-2], config.block_size
     ).as_tuple()
     block_mask = (*selection.lengths, *(nodes.get(id(entry), entry) for entry in entries), selection.mask)
-    options = complete_kernel_options(_choose_kernel_options(lifted, config, *examples[1:]), *examples)
+    options = complete_kernel_options(choose_kernel_options(config, *examples, is_plain=lifted.is_plain), *examples)
     arguments: tuple[Any, ...] = (
         *(*inputs, selection.score, block_mask, lifted.parts.scale, options),
         *(selection.score_captures, selection.mask_captures),
@@ -245,26 +244,3 @@ def _make_score_mod(parts: ScoreParts, num_captures: int) -> GraphModule:
         score = graph.call_function(torch.ops.aten.add.Tensor, (score, bias))
     graph.output(score)
     return GraphModule({}, graph)
-
-
-def _choose_kernel_options(
-    lifted: LiftedSite, config: SparsePrefillConfig, key: Tensor, value: Tensor
-) -> dict[str, Any]:
-    """Return FlexAttention's kernel options: never its decoding kernel, tiles no larger than a mask block.
-
-    The user's ``kernel_options`` come last and win.
-    """
-    options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
-    if key.is_cuda and lifted.is_plain:  # every row meets itself on the diagonal, so that none is masked out altogether
-        options["ROWS_GUARANTEED_SAFE"] = True
-    row_bytes = max(key.shape[-1], value.shape[-1]) * key.element_size()
-    tile = min(config.block_size, 128)
-    if key.is_cuda and row_bytes <= 256 and tile >= 64 and torch.cuda.get_device_capability(key.device)[0] == 9:
-        # On an H200, 32k tokens, 25 % of the blocks, head dimension 128: 452 TFLOP/s, 387 with inductor's own choice;
-        # with blocks of 64, 418 against 398 without TMA. PRESCALE_QK gains less than the spread, and rounds.
-        options |= {"BLOCK_M": tile, "BLOCK_N": tile, "num_warps": tile // 16, "num_stages": 3, "USE_TMA": True}
-    elif tile < 128:  # inductor's own choice of tiles assumes mask blocks of 128
-        options |= {"BLOCK_M": tile, "BLOCK_N": tile}
-        if row_bytes > LARGEST_PIPELINED_ROW_BYTES:
-            options["num_stages"] = 1
-    return options | dict(config.kernel_options)

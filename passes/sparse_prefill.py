@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch.fx import GraphModule, Node
 
 from flexprefill_compile.config import DensityCeiling, SparsePrefillConfig
-from flexprefill_compile.passes.attention_site import AttentionSite
+from flexprefill_compile.passes.attention_site import AttentionSite, example_of
 from flexprefill_compile.passes.base import GraphPass, graph_modules
+from flexprefill_compile.passes.kernel_options import refuse_flash
 from flexprefill_compile.passes.lift_site import LiftedMasks, LiftedSite, lift_site
 from flexprefill_compile.passes.match_attention import match_attention
 from flexprefill_compile.passes.rewrite_attention import rewrite_attention
@@ -57,7 +59,19 @@ def find_attention(node: Node, config: SparsePrefillConfig, known: LiftedMasks) 
     if not isinstance(match, AttentionSite):
         return match
     lifted = lift_site(match, config, known)
-    return lifted if isinstance(lifted, LiftedSite) else Skipped(match.name, match.shapes, *lifted)
+    if not isinstance(lifted, LiftedSite):
+        return Skipped(match.name, match.shapes, *lifted)
+    refusal = _refuse_kernel(lifted, config)
+    return lifted if refusal is None else Skipped(match.name, match.shapes, SkipReason.KERNEL, refusal)
+
+
+def _refuse_kernel(lifted: LiftedSite, config: SparsePrefillConfig) -> str | None:
+    """Return why a site can't have the kernel that was asked for."""
+    if config.kernel_backend != "flash":
+        return None
+    query, key, value = (example_of(x) for x in (lifted.site.query, lifted.site.key, lifted.site.value))
+    query = torch.empty_like(query, dtype=lifted.site.dtype)  # as autocast casts it
+    return refuse_flash(config, query, key, value, is_plain=lifted.is_plain)
 
 
 def find_signatures(graph_module: GraphModule, config: SparsePrefillConfig) -> list[object]:

@@ -36,6 +36,7 @@ from flexprefill_compile.config import split_options
         ("max_density", 1.5, "max_density must be None or a share of the blocks in (0, 1], got 1.5"),
         ("estimator", "minference", "estimator must be one of flexprefill, got 'minference'"),
         ("estimator", ["flexprefill"], "estimator must be one of flexprefill, got ['flexprefill']"),
+        ("kernel_backend", "cutlass", "kernel_backend must be one of auto, triton, flash, got 'cutlass'"),
         ("on_skip", "warn", "on_skip must be one of keep, raise, got 'warn'"),
     ],
 )
@@ -59,6 +60,7 @@ def test_the_defaults_are_the_papers() -> None:
         "check_masks": False,
         "estimator": "flexprefill",
         "on_skip": "keep",
+        "kernel_backend": "auto",
         "kernel_options": (),
     }
 

@@ -35,6 +35,7 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
             "max_density": "measured",
             "kernel_options": "none",
             "on_skip": '`"keep"`',
+            "kernel_backend": '`"auto"`',
         }.get(name, str(field.default))
         assert f"| `{name}` | {shown} |" in readme
 
