@@ -36,10 +36,12 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
         shown = {
             "max_budget": "none",
             "min_length": "measured",
+            "max_density": "measured",
             "kernel_options": "none",
             "dense_layers": "none",
             "policy": "none",
             "on_skip": '`"keep"`',
+            "kernel_backend": '`"auto"`',
         }.get(name, str(field.default))
         assert f"| `{name}` | {shown} |" in readme
 
