@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from flexprefill_compile.config import InvalidOptionError, SparsePrefillConfig
 from flexprefill_compile.errors import UsageError
+from flexprefill_compile.tasks.registry import TASKS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +58,30 @@ def _create_parser() -> argparse.ArgumentParser:
     bench.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
     bench.add_argument("--calls", type=_positive, default=15, metavar="N", help="timed calls of each kind")
     bench.add_argument("--json", type=Path, help="a file for all figures")
+    _add_evaluate(commands)
     return parser
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="long-context tasks on a real model, prefilled dense and sparse, side by side",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    evaluate.set_defaults(run=_run_evaluate)
+    evaluate.add_argument("--model", type=Path, help="a Hugging Face folder or a GGUF file (SmolLM2-135M-Instruct)")
+    evaluate.add_argument("--device", default="cpu", help="cpu or cuda")
+    evaluate.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)}")
+    evaluate.add_argument(
+        "--lengths", type=_positive, nargs="+", default=[2048, 4096, 8192], metavar="N", help="tokens, with the answer"
+    )
+    evaluate.add_argument("--samples", type=_positive, default=16, metavar="N", help="of each task at each length")
+    evaluate.add_argument("--estimators", nargs="+", default=[SparsePrefillConfig.estimator], metavar="NAME")
+    evaluate.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
+    evaluate.add_argument("--min-budget", type=int, default=SparsePrefillConfig.min_budget, metavar="TOKENS")
+    evaluate.add_argument("--min-length", type=int, default=1, metavar="TOKENS", help="shorter prompts stay dense")
+    evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="other samples for other seeds")
+    evaluate.add_argument("--json", type=Path, help="a file for all figures")
 
 
 def _add_shape(command: argparse.ArgumentParser) -> None:
@@ -76,13 +102,25 @@ def _run_bench(options: argparse.Namespace) -> None:
     run_bench(options.lengths, options.heads, options.head_dim, options.gamma, options.calls, options.json)
 
 
+def _run_evaluate(options: argparse.Namespace) -> None:
+    with _extra_hf("evaluate"):
+        from flexprefill_compile.tasks.evaluate import run_evaluate  # noqa: PLC0415  (needs the extra "hf")
+    fields = {"gamma": options.gamma, "min_budget": options.min_budget, "min_length": options.min_length}
+    run_evaluate(
+        model_path=options.model,
+        device=options.device,
+        tasks=options.tasks,
+        lengths=options.lengths,
+        count=options.samples,
+        seed=options.seed,
+        configs={name: SparsePrefillConfig(estimator=name, **fields) for name in options.estimators},
+        json_path=options.json,
+    )
+
+
 def _run_demo(options: argparse.Namespace) -> None:
-    try:
+    with _extra_hf("the demo"):
         from flexprefill_compile.demo import run_demo  # noqa: PLC0415  (needs the extra "hf")
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"the demo needs {error.name}, of the extra 'hf': pip install 'flexprefill-compile[hf]'"
-        ) from None
     run_demo(
         model_path=options.model,
         text_path=options.text,
@@ -91,6 +129,16 @@ def _run_demo(options: argparse.Namespace) -> None:
         device=options.device,
         rounds=options.rounds,
     )
+
+
+@contextmanager
+def _extra_hf(command: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{command} needs {error.name}, of the extra 'hf': pip install 'flexprefill-compile[hf]'"
+        ) from None
 
 
 def _positive(text: str) -> int:

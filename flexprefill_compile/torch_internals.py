@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 from torch._guards import tracing
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
@@ -45,6 +46,7 @@ __all__ = [
     "inductor_option_names",
     "list_mode_options",
     "make_fx_under",
+    "maybe_mark_dynamic",
     "share_storage",
     "statically_known_true",
     "uncompiled_call",
