@@ -54,7 +54,8 @@ class Comparison:
             return EVERYTHING
         if self.task in TEXTS:
             return compute_mean_interval(self._differences("accuracy"))
-        return compute_share_interval(*([score.accuracy == 1 for score in side] for side in (self.dense, self.sparse)))
+        dense, sparse = ([score.accuracy == 1 for score in side] for side in (self.dense, self.sparse))
+        return compute_share_interval(dense, sparse)
 
     @property
     def density(self) -> float:

@@ -111,7 +111,7 @@ def evaluate(
     comparisons = []
     lengths = {length for _, length in samples}
     for name, config in configs.items():
-        prefill = SparsePrefill(model, config, is_dynamic=len(lengths) > 1)
+        prefill = CompiledPrefill(model, config, is_dynamic=len(lengths) > 1)
         for (task, length), group in samples.items():
             sparse, densities = [], []
             for sample in group:
@@ -123,7 +123,7 @@ def evaluate(
     return comparisons
 
 
-class SparsePrefill:
+class CompiledPrefill:
     """A model compiled for sparse prefill, which notes what it computes.
 
     Attributes:
@@ -147,7 +147,9 @@ class SparsePrefill:
         # With dynamic=True torch would make the scale of attention symbolic too, find that out, and trace all again.
         self._is_dynamic = is_dynamic
         dynamic = None if is_dynamic else False
-        self._compiled = torch.compile(model, backend=self.backend, dynamic=dynamic, options=options)
+        self._compiled: Callable[..., Any] = torch.compile(
+            model, backend=self.backend, dynamic=dynamic, options=options
+        )
 
     @property
     def is_compiled(self) -> bool:
