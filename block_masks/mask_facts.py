@@ -39,6 +39,7 @@ class MaskFacts(NamedTuple):
         first_block: (B, N) int64, the key block of the first valid key of a sequence.
         last_block: (B, N) int64, the block of its last valid row, counted as the diagonals are, see ``block_offset``.
         block_offset: () int64, offset / block_size rounded up. Block (i, j) is on diagonal i + block_offset - j.
+        offset: () int64, the position of the first query among the keys.
     """
 
     certain: Tensor
@@ -51,6 +52,7 @@ class MaskFacts(NamedTuple):
     first_block: Tensor
     last_block: Tensor
     block_offset: Tensor
+    offset: Tensor
 
 
 class _Tokens(NamedTuple):
@@ -128,6 +130,7 @@ def describe_mask(
         first_block=first_block,
         last_block=_find_last_blocks(last_row // block_size + block_offset, first_block, is_packed),
         block_offset=block_offset,
+        offset=_as_scalar(offset, device),
     )
 
 
@@ -216,7 +219,10 @@ def _require(keys: _Tokens, queries: _Tokens, first_block: Tensor, offset: int |
 
 
 def _round_up(offset: int | Tensor, block_size: int, device: torch.device) -> Tensor:
-    blocks = (offset + block_size - 1) // block_size
-    if isinstance(blocks, Tensor):
-        return blocks.long()
-    return torch.full((), blocks, dtype=torch.int64, device=device)
+    return _as_scalar((offset + block_size - 1) // block_size, device)
+
+
+def _as_scalar(number: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.long()
+    return torch.full((), number, dtype=torch.int64, device=device)

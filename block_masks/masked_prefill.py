@@ -1,4 +1,4 @@
-"""Algorithm 1 under any mask: the kernel of the op ``flexprefill::select_masked_blocks``.
+"""Block selection under any mask: the kernel of the op ``flexprefill::select_masked_blocks``.
 
 The steps are those of ``prefill.py``, for each sequence that the mask holds. ``mask_facts.py`` says what a sequence is
 and which tokens count.
@@ -6,27 +6,22 @@ and which tokens count.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexprefill_compile.block_masks.layout import count_blocks, pack_blocks, pool_counted_blocks
+from flexprefill_compile.block_masks.choice import Choice
+from flexprefill_compile.block_masks.estimator_inputs import EstimatorInputs
+from flexprefill_compile.block_masks.estimators import choose_blocks, looks_at_scores
+from flexprefill_compile.block_masks.gammas import place_gammas, take_all_of_dense_heads
+from flexprefill_compile.block_masks.layout import count_blocks, pack_blocks
 from flexprefill_compile.block_masks.mask_facts import MaskFacts
-from flexprefill_compile.block_masks.masked_representative import (
-    MaskedAttention,
-    ScoreRule,
-    average_rows,
-    clamp_diagonals,
-    compute_masked_attention,
-)
-from flexprefill_compile.block_masks.patterns import is_masked_query_aware
-from flexprefill_compile.block_masks.query_aware import select_masked_query_aware
+from flexprefill_compile.block_masks.masked_flexprefill import choose_masked_flexprefill, list_candidates
+from flexprefill_compile.block_masks.masked_representative import ScoreRule
 from flexprefill_compile.block_masks.recording import record
-from flexprefill_compile.block_masks.representative import SCORES_AT_ONCE
-from flexprefill_compile.block_masks.runs import Runs
 from flexprefill_compile.block_masks.select import bound_rows
-from flexprefill_compile.block_masks.vertical_slash import select_masked_vertical_slash
 from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.ops import SELECT_MASKED_BLOCKS
 
@@ -37,11 +32,11 @@ def select_masked_prefill_blocks(
     """Select the blocks of masked attention to compute.
 
     A head whose inputs or scores are not all finite gets every possible block, padding included: SDPA multiplies what
-    is masked by zero, which NaN survives. With a bias every head is vertical-slash: the pooled estimate, which knows
-    no bias, proves nothing.
+    is masked by zero, which NaN survives. With a bias every head of every estimator that looks at queries and keys is
+    vertical-slash: only the representative queries know their bias, other estimates would prove nothing.
 
     Memory peaks at about 40 bytes for each block of the grid, 70 where prompts are packed and the sort of Algorithm 4
-    takes two passes, or at what ``compute_masked_attention`` needs; nothing has Q x K elements.
+    takes two passes, or at what the estimator needs; nothing has Q x K elements.
 
     Args:
         query: (B, H, Q, D).
@@ -52,26 +47,31 @@ def select_masked_prefill_blocks(
         config: What to select.
 
     Returns:
-        (B, H, num_q_blocks, num_k_blocks) bool, nothing that is not possible. Source: FlexPrefill, Algorithm 1.
+        (B, H, num_q_blocks, num_k_blocks) bool, nothing that is not possible.
     """
     batch, heads = query.shape[:2]
     possible = facts.possible.expand(batch, heads, -1, -1)
-    if config.gamma == 1 and config.max_budget is None:
+    if config.is_dense:
         return possible
 
-    means = _average(query, key, facts)
-    attention = compute_masked_attention(query, key, facts, rule, list_runs(facts), means.key.dtype)
-    candidates = _list_candidates(facts)
-    selected, score, is_finite = _select_by_pattern(means, attention, candidates, facts, rule, config)
-    is_finite &= torch.isfinite(means.query.sum((-2, -1)) + means.key.sum((-2, -1)))
+    candidates = list_candidates(facts)
+    optional = candidates & ~facts.required
+    inputs = EstimatorInputs(query, key, rule.scale, config.block_size, candidates, facts, rule.softcap)
+    if config.estimator == "flexprefill" or (rule.bias is not None and looks_at_scores(config)):
+        choice = choose_masked_flexprefill(inputs, facts, rule, config)
+    else:
+        choice = _choose_what_is_certain(inputs, facts, config)
+    selected = take_all_of_dense_heads(place_gammas(config, query.device), choice.selected, optional)
+    if config.dense_last:
+        selected = selected | _find_dense_rows(facts, config).unsqueeze(-1)
+    is_finite = choice.is_finite & torch.isfinite(inputs.pooled_query.sum((-2, -1)) + inputs.pooled_key.sum((-2, -1)))
     if value is not None:
         largest = torch.linalg.vector_norm(value, torch.inf, dim=(-2, -1))
         is_finite &= torch.isfinite(largest).repeat_interleave(heads // key.shape[1], dim=1)
 
-    optional = candidates & ~facts.required
     selected = bound_rows(
-        optional.expand_as(selected) if config.gamma == 1 else selected,
-        score,
+        selected,
+        choice.score,
         optional,
         min_blocks=count_blocks(config.min_budget, config.block_size),
         max_blocks=None if config.max_budget is None else config.max_budget // config.block_size,
@@ -79,78 +79,25 @@ def select_masked_prefill_blocks(
     return torch.where(is_finite[..., None, None], selected | facts.required, possible)
 
 
-class _Means(NamedTuple):
-    """Means of the tokens that count, float32 or float64.
+def _choose_what_is_certain(inputs: EstimatorInputs, facts: MaskFacts, config: SparsePrefillConfig) -> Choice:
+    """Let an estimator score the blocks of which it is known what the mask hides.
 
-    Attributes:
-        query: (B, H, num_q_blocks, D), of each query block.
-        key: (B, H, num_k_blocks, D), of each key block.
-        rows: (B, H, N, D), of the representative queries of each sequence.
+    Those are the whole ones, and those that are computed in any case. Of others, such as the edge of a window, only the
+    mask's own function knows which keys are seen: all of them are selected, first of all, and scored by nobody.
     """
-
-    query: Tensor
-    key: Tensor
-    rows: Tensor
-
-
-def _average(query: Tensor, key: Tensor, facts: MaskFacts) -> _Means:
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    at_once = SCORES_AT_ONCE[query.device.type]
-    pooled_key = pool_counted_blocks(key, facts.key_counts, dtype, at_once)
-    return _Means(
-        query=pool_counted_blocks(query, facts.query_counts, dtype, at_once),
-        key=pooled_key.repeat_interleave(query.shape[1] // key.shape[1], dim=1),
-        rows=average_rows(query, facts.rows, dtype),
-    )
+    is_known = facts.certain | facts.required
+    choice = choose_blocks(dataclasses.replace(inputs, grid=inputs.grid & is_known), config)
+    if config.estimator == "streaming":
+        return choice
+    selected = choice.selected | ~is_known
+    return choice._replace(selected=selected, score=torch.where(is_known, choice.score, torch.inf))
 
 
-def _select_by_pattern(
-    means: _Means,
-    attention: MaskedAttention,
-    candidates: Tensor,
-    facts: MaskFacts,
-    rule: ScoreRule,
-    config: SparsePrefillConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what heads select by the pattern of each sequence, how much each block matters, which heads are finite."""
-    runs, slots = list_runs(facts), _list_slots(facts)
-    if rule.bias is not None:
-        return *select_masked_vertical_slash(attention.pooled, slots, config.gamma, runs), attention.is_finite
-    mean_logits = rule.cap((means.rows * means.key).sum(-1).mul_(rule.scale))
-    columns = attention.pooled.columns
-    query_aware = is_masked_query_aware(mean_logits, attention.is_seen, columns, config.tau, runs).unsqueeze(-1)
-    estimated, estimate = select_masked_query_aware(
-        rule.cap((means.query @ means.key.mT).mul_(rule.scale)), candidates, config.gamma, runs
-    )
-    extended, extension = select_masked_vertical_slash(attention.pooled, slots, config.gamma, runs)
-    return (
-        torch.where(query_aware, estimated, extended),
-        torch.where(query_aware, estimate, extension),
-        attention.is_finite & torch.isfinite(estimate.sum((-2, -1))),
-    )
-
-
-def list_runs(facts: MaskFacts) -> Runs | None:
-    """Return the blocks of each packed sequence, (B|1, 1, num_k_blocks); None is one sequence a row of the batch."""
-    if facts.rows.shape[1] == 1:
-        return None
-    return Runs(facts.first_block.unsqueeze(1), facts.last_block.unsqueeze(1))
-
-
-def _list_candidates(facts: MaskFacts) -> Tensor:
-    """Return the possible blocks that the estimates speak of: counted queries and keys of one sequence."""
-    rows, columns = facts.query_counts.any(-1).unsqueeze(-1), facts.key_counts.any(-1).unsqueeze(-2)
-    of_one_sequence = facts.first_block.unsqueeze(-1) == facts.first_block.unsqueeze(-2)
-    return facts.possible & (rows & columns & of_one_sequence).unsqueeze(1)
-
-
-def _list_slots(facts: MaskFacts) -> Tensor:
-    """Return the slot of each block's diagonal, (B|1, num_q_blocks, num_k_blocks)."""
-    num_q_blocks, num_k_blocks = facts.possible.shape[-2:]
-    query_block = torch.arange(num_q_blocks, device=facts.possible.device).unsqueeze(-1)
-    key_block = torch.arange(num_k_blocks, device=facts.possible.device)
-    diagonal = query_block + facts.block_offset - key_block
-    return clamp_diagonals(diagonal, facts.first_block.unsqueeze(-1), facts.last_block.unsqueeze(-1))
+def _find_dense_rows(facts: MaskFacts, config: SparsePrefillConfig) -> Tensor:
+    """Return which query blocks hold any of the last ``dense_last`` queries of a sequence, (B|1, 1, num_q_blocks)."""
+    last_row = facts.rows[..., 0]
+    block = torch.arange(facts.query_counts.shape[1], device=last_row.device)
+    return ((block + 1) * config.block_size > last_row - config.dense_last + 1).unsqueeze(1)
 
 
 def _select_masked_blocks(
@@ -167,15 +114,11 @@ def _select_masked_blocks(
     first_block: Tensor,
     last_block: Tensor,
     block_offset: Tensor,
+    offset: Tensor,
     score_bias: Tensor | None,
     scale: float,
     softcap: float | None,
-    gamma: float,
-    tau: float,
-    min_budget: int,
-    max_budget: int | None,
-    block_size: int,
-    estimator: str,
+    *selection: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     facts = MaskFacts(
         certain=certain,
@@ -188,15 +131,9 @@ def _select_masked_blocks(
         first_block=first_block,
         last_block=last_block,
         block_offset=block_offset,
+        offset=offset,
     )
-    config = SparsePrefillConfig(
-        gamma=gamma,
-        tau=tau,
-        min_budget=min_budget,
-        max_budget=max_budget,
-        block_size=block_size,
-        estimator=estimator,
-    )
+    config = SparsePrefillConfig.from_selection(*selection)
     rule = ScoreRule(scale, softcap, score_bias)
     tables = pack_blocks(select_masked_prefill_blocks(query, key, value, facts, rule, config), certain)
     record(tables, possible)

@@ -24,8 +24,13 @@ def is_query_aware(
     Returns:
         (B, H) bool: distance < tau. Source: FlexPrefill, Algorithm 2.
     """
+    return measure_distance(pooled_queries, pooled_key, true_columns, scale) < tau
+
+
+def measure_distance(pooled_queries: Tensor, pooled_key: Tensor, true_columns: Tensor, scale: float) -> Tensor:
+    """Return how far the pooled estimate is from the true attention, arguments as in ``is_query_aware``: (B, H)."""
     estimated_columns = (pooled_queries @ pooled_key.mT * scale).softmax(-1).squeeze(-2)
-    return compute_js_distance(estimated_columns, true_columns) < tau
+    return compute_js_distance(estimated_columns, true_columns)
 
 
 def is_masked_query_aware(
@@ -43,9 +48,14 @@ def is_masked_query_aware(
     Returns:
         (B, H, 1) bool, or (B, H, num_k_blocks) with runs.
     """
+    return measure_masked_distance(logits, is_seen, true_columns, runs) < tau
+
+
+def measure_masked_distance(logits: Tensor, is_seen: Tensor, true_columns: Tensor, runs: Runs | None) -> Tensor:
+    """Return the distance of each sequence, arguments and shape as in ``is_masked_query_aware``."""
     logits = logits.masked_fill(~is_seen, -torch.inf)
     estimated_columns = (logits - logsumexp_runs(logits, runs)).exp().masked_fill(~is_seen, 0)
-    return compute_js_distances(estimated_columns, true_columns, runs) < tau
+    return compute_js_distances(estimated_columns, true_columns, runs)
 
 
 def compute_js_distance(p: Tensor, q: Tensor) -> Tensor:

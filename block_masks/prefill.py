@@ -1,6 +1,6 @@
-"""Algorithm 1, from queries and keys to the blocks to compute: the kernel of the op ``flexprefill::select_blocks``.
+"""From queries and keys to the blocks of causal attention to compute: the kernel of the op ``select_blocks``.
 
-    pool -> representative attention -> pattern -> selection of that pattern -> budgets -> pack
+    estimator -> heads that are not finite, rows that stay dense -> budgets -> pack
 
 Everything is batched over prompts and heads, and nothing waits for the device.
 """
@@ -8,24 +8,24 @@ Everything is batched over prompts and heads, and nothing waits for the device.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexprefill_compile.block_masks.estimator_inputs import EstimatorInputs
+from flexprefill_compile.block_masks.estimators import choose_blocks
+from flexprefill_compile.block_masks.flexprefill import choose_flexprefill
+from flexprefill_compile.block_masks.gammas import place_gammas, take_all_of_dense_heads
 from flexprefill_compile.block_masks.layout import (
     BlockTables,
     count_blocks,
     create_causal_grid,
     pack_causal_blocks,
-    pool_blocks,
 )
-from flexprefill_compile.block_masks.patterns import is_query_aware
-from flexprefill_compile.block_masks.query_aware import select_query_aware
 from flexprefill_compile.block_masks.recording import record
-from flexprefill_compile.block_masks.representative import compute_representative_attention
 from flexprefill_compile.block_masks.select import apply_budget
-from flexprefill_compile.block_masks.vertical_slash import select_vertical_slash
 from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.ops import SELECT_BLOCKS, index_width
 
@@ -105,7 +105,7 @@ def select_prefill_tables(
     width: int,
 ) -> BlockTables:
     """Select and pack, on a GPU by the kernels of ``triton_kernels`` where they take the inputs."""
-    if query.is_cuda:
+    if query.is_cuda and config.estimator == "flexprefill":
         tables = _select_by_kernels(query, key, value, scale, config, width)
         if tables is not None:
             return tables
@@ -136,8 +136,8 @@ def select_prefill_blocks(
     A head whose inputs or scores are not all finite gets every causal block, so that NaN and inf reach the rows
     they reach in dense attention; under a ceiling, those blocks first whose keys or values are not finite.
 
-    Memory peaks at about 40 bytes for each block of the grid, (B, H, num_blocks, num_blocks), most of it for the sort
-    of Algorithm 4, or at what ``compute_representative_attention`` needs, if that is more; nothing has S x S elements.
+    Memory peaks at about 40 bytes for each block of the grid, (B, H, num_blocks, num_blocks), most of it for sorting,
+    or at what the estimator needs, if that is more; nothing has S x S elements.
 
     Args:
         query: (B, H, S, D).
@@ -147,46 +147,44 @@ def select_prefill_blocks(
         config: What to select.
 
     Returns:
-        (B, H, num_blocks, num_blocks) bool, causal, rows are query blocks. Source: FlexPrefill, Algorithm 1.
+        (B, H, num_blocks, num_blocks) bool, causal, rows are query blocks.
     """
     batch, heads, length, _ = query.shape
     block_size = config.block_size
     num_blocks = count_blocks(length, block_size)
     causal = create_causal_grid(num_blocks, query.device)
-    if config.gamma == 1 and config.max_budget is None:
+    if config.is_dense:
         return causal.expand(batch, heads, -1, -1)
 
-    group = heads // key.shape[1]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    pooled_query = pool_blocks(query, block_size, dtype)
-    pooled_key = pool_blocks(key, block_size, dtype).repeat_interleave(group, dim=1)
-    representative = query[:, :, -block_size:].to(dtype)
-    attention = compute_representative_attention(representative, key, scale, block_size)
-
-    query_aware = is_query_aware(
-        representative.mean(-2, keepdim=True), pooled_key, attention.columns, scale, config.tau
-    )[..., None, None]
-    estimate = select_query_aware(pooled_query, pooled_key, causal, scale, config.gamma)
-    extended = select_vertical_slash(attention, config.gamma)
-    # gamma = 1 is every block, even one whose mass underflows for the representative queries.
-    selected = causal if config.gamma == 1 else torch.where(query_aware, estimate[0], extended[0])
-    score = torch.where(query_aware, estimate[1], extended[1])
-    block_is_finite = torch.isfinite(pooled_key.sum(-1))
-    is_finite = block_is_finite.all(-1) & torch.isfinite(
-        pooled_query.sum((-2, -1)) + estimate[1].sum((-2, -1)) + attention.columns.sum(-1)
-    )
+    inputs = EstimatorInputs(query, key, scale, block_size, causal.expand(1, 1, -1, -1))
+    choose = choose_flexprefill if config.estimator == "flexprefill" else choose_blocks
+    choice = choose(inputs, config)
+    selected = take_all_of_dense_heads(place_gammas(config, query.device), choice.selected, causal)
+    if config.dense_last:
+        block = torch.arange(num_blocks, device=query.device).unsqueeze(-1)
+        selected = selected | (block >= first_dense_block(length, config))
+    block_is_finite = torch.isfinite(inputs.pooled_key.sum(-1))
+    is_finite = block_is_finite.all(-1) & choice.is_finite & torch.isfinite(inputs.pooled_query.sum((-2, -1)))
     if value is not None:
-        value_is_finite = torch.isfinite(_largest_by_block(value, block_size)).repeat_interleave(group, dim=1)
-        block_is_finite &= value_is_finite
-        is_finite &= value_is_finite.all(-1)
+        value_is_finite = torch.isfinite(_largest_by_block(value, block_size))
+        value_is_finite = value_is_finite.repeat_interleave(heads // key.shape[1], dim=1)
+        block_is_finite = block_is_finite & value_is_finite
+        is_finite = is_finite & value_is_finite.all(-1)
     keeps = is_finite[..., None, None]
     return apply_budget(
         torch.where(keeps, selected, causal),
-        torch.where(keeps, score, (~block_is_finite).to(dtype).unsqueeze(-2)),
+        torch.where(keeps, choice.score, (~block_is_finite).to(inputs.dtype).unsqueeze(-2)),
         causal,
         min_blocks=count_blocks(config.min_budget, block_size),
         max_blocks=None if config.max_budget is None else config.max_budget // block_size,
     )
+
+
+def first_dense_block(length: int, config: SparsePrefillConfig) -> int:
+    """Return the query block from which on ``dense_last`` keeps every block, num_blocks for none."""
+    if config.dense_last == 0:
+        return count_blocks(length, config.block_size)
+    return max(0, length - config.dense_last) // config.block_size
 
 
 def _largest_by_block(x: Tensor, block_size: int) -> Tensor:
@@ -205,22 +203,11 @@ def _select_blocks(
     key: Tensor,
     value: Tensor | None,
     scale: float,
-    gamma: float,
-    tau: float,
-    min_budget: int,
-    max_budget: int | None,
-    block_size: int,
-    estimator: str,
+    *selection: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    config = SparsePrefillConfig(
-        gamma=gamma,
-        tau=tau,
-        min_budget=min_budget,
-        max_budget=max_budget,
-        block_size=block_size,
-        estimator=estimator,
-    )
-    width = index_width(count_blocks(query.shape[-2], block_size), block_size, max_budget, query.device.type)
+    config = SparsePrefillConfig.from_selection(*selection)
+    num_blocks = count_blocks(query.shape[-2], config.block_size)
+    width = index_width(num_blocks, config.block_size, config.max_budget, query.device.type)
     tables = select_prefill_tables(query, key, value, scale, config, width)
     record(tables)
     return tables

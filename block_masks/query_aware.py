@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexprefill_compile.block_masks.gammas import Share
 from flexprefill_compile.block_masks.runs import Runs
 from flexprefill_compile.block_masks.select import select_cumulative
 
 
 def select_query_aware(
-    pooled_query: Tensor, pooled_key: Tensor, causal: Tensor, scale: float, gamma: float
+    pooled_query: Tensor, pooled_key: Tensor, causal: Tensor, scale: float, gamma: Share
 ) -> tuple[Tensor, Tensor]:
     """Select the fewest blocks of the whole head whose estimated attention reaches gamma.
 
@@ -19,7 +20,7 @@ def select_query_aware(
         pooled_key: (B, H, num_blocks, D), mean of each key block.
         causal: (num_blocks, num_blocks) bool.
         scale: Factor on the scores.
-        gamma: Share to reach.
+        gamma: Share to reach, one number or (H, 1).
 
     Returns:
         Selected blocks, (B, H, num_blocks, num_blocks) bool, and their scores for the budgets, the estimated
@@ -32,14 +33,14 @@ def select_query_aware(
 
 
 def select_masked_query_aware(
-    logits: Tensor, candidates: Tensor, gamma: float, runs: Runs | None
+    logits: Tensor, candidates: Tensor, gamma: Share, runs: Runs | None
 ) -> tuple[Tensor, Tensor]:
     """Select the fewest blocks of each sequence whose estimated attention reaches gamma.
 
     Args:
         logits: (B, H, num_q_blocks, num_k_blocks), scores of mean queries with mean keys; overwritten.
         candidates: (B|1, H|1, num_q_blocks, num_k_blocks) bool, the blocks that may be selected.
-        gamma: Share to reach.
+        gamma: Share to reach, one number or (H, 1).
         runs: The row blocks of each packed sequence; None is one sequence a row of the batch.
 
     Returns:

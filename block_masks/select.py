@@ -8,14 +8,14 @@ from torch import Tensor
 from flexprefill_compile.block_masks.runs import Runs
 
 
-def select_cumulative(mass: Tensor, gamma: float, runs: Runs | None = None) -> Tensor:
+def select_cumulative(mass: Tensor, gamma: float | Tensor, runs: Runs | None = None) -> Tensor:
     """Select the fewest entries of each row, or of each of its runs, whose mass reaches ``gamma`` of the total.
 
     The entry that crosses the threshold is kept, so the share is reached. Equal masses are taken from the left.
 
     Args:
         mass: (..., N), not negative.
-        gamma: In (0, 1].
+        gamma: In (0, 1]: a number, or a tensor that broadcasts to (..., 1).
         runs: Broadcastable to (..., N); None makes each row one run.
 
     Returns:
@@ -32,7 +32,7 @@ def select_cumulative(mass: Tensor, gamma: float, runs: Runs | None = None) -> T
     return torch.zeros_like(missing_before).scatter_(-1, order, missing_before)
 
 
-def _goal(reached: Tensor, ordered: Tensor, gamma: float, runs: Runs | None) -> Tensor:
+def _goal(reached: Tensor, ordered: Tensor, gamma: float | Tensor, runs: Runs | None) -> Tensor:
     """Return where the running sum has ``gamma`` of its run."""
     if runs is None:
         return gamma * reached[..., -1:]

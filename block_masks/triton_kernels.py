@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from flexprefill_compile.block_masks.gammas import place_gammas
 from flexprefill_compile.block_masks.layout import BlockTables, count_blocks
 from flexprefill_compile.block_masks.triton_representative import (
     choose_patterns,
@@ -147,6 +148,9 @@ class _Launch:
         self.value_peak = empty(kv_heads, self.num_blocks)
         self.profiles = empty(heads, 2, self.num_blocks)
         self.patterns = query.new_empty(heads, dtype=torch.int32)
+        gammas = place_gammas(config, query.device, torch.float32)
+        self.has_gammas = isinstance(gammas, Tensor)
+        self.gammas = gammas if isinstance(gammas, Tensor) else self.profiles  # read only if there are several
 
     def _run(
         self,
@@ -173,7 +177,7 @@ class _Launch:
 
     def read_inputs(self) -> None:
         """Pool the inputs, score the representative queries, and choose each head's pattern."""
-        if self.config.gamma == 1 and self.config.max_budget is None:
+        if self.config.is_dense:
             self.patterns.zero_()  # every block
             return
         query, key, value = self.query, self.key, self.value
@@ -356,7 +360,8 @@ class _Launch:
             )
         is_small = num_blocks <= MOST_BLOCKS_SMALL
         columns = min(triton.next_power_of_2(num_blocks), 4096)
-        if config.gamma < 1:
+        is_dense = min(config.gammas) == 1
+        if not is_dense:
             self._run(
                 find_thresholds,
                 (2, count),
@@ -366,19 +371,22 @@ class _Launch:
                     self.patterns,
                     thresholds,
                     last_ties,
-                    config.gamma,
+                    self.gammas,
+                    config.gammas[0],
                     first,
                     num_blocks,
+                    self.heads,
                 ),
                 {
                     "TILE_ROWS": min(columns, 4096 // columns) if is_small else 1,
                     "TILE_COLUMNS": columns,
                     "SECTIONS": 8,
                     "HAS_MAPS": is_small and config.tau > 0,
+                    "HAS_GAMMAS": self.has_gammas,
                 },
                 num_warps=16 if is_small else max(4, columns // 256),
             )
-        if config.gamma < 1 and config.tau > 0 and not is_small:
+        if not is_dense and config.tau > 0 and not is_small:
             self._narrow_maps(first, count, maps, thresholds, last_ties)
         self._run(
             pack_blocks,
@@ -391,6 +399,7 @@ class _Launch:
                 last_ties,
                 self.key_peak,
                 self.value_peak,
+                self.gammas,
                 *tables,
                 first,
                 num_blocks,
@@ -399,10 +408,12 @@ class _Launch:
                 tables.full_kv_indices.shape[-1],
                 count_blocks(config.min_budget, self.block_size),
                 0 if config.max_budget is None else config.max_budget // self.block_size,
+                max(0, self.length - config.dense_last) // self.block_size if config.dense_last else num_blocks,
             ),
             {
                 "NUM_BLOCKS": triton.next_power_of_2(num_blocks),
-                "IS_DENSE": config.gamma == 1,
+                "IS_DENSE": is_dense,
+                "HAS_GAMMAS": self.has_gammas,
                 "HAS_CEILING": config.max_budget is not None,
                 "HAS_VALUE": self.value is not None,
             },
@@ -413,7 +424,7 @@ class _Launch:
         """Find the thresholds of large maps, in as many turns as their bits can need."""
         sections, chunks = 32, 32
         # Were every entry smaller, all of them together could be left out.
-        smallest = 1.998 * (1 - self.config.gamma) / (self.num_blocks + 1)
+        smallest = 1.998 * (1 - max(self.config.gammas)) / (self.num_blocks + 1)
         (lowest,) = struct.unpack("i", struct.pack("f", smallest))
         span, num_turns = ABOVE_ONE.value - lowest, 0
         while span > 1:
@@ -432,17 +443,20 @@ class _Launch:
                     masses,
                     thresholds,
                     last_ties,
-                    self.config.gamma,
+                    self.gammas,
+                    self.config.gammas[0],
                     lowest,
                     turn,
                     num_turns,
                     first,
                     self.num_blocks,
+                    self.heads,
                 ),
                 {
                     "TILE": min(triton.next_power_of_2(self.num_blocks), 256),
                     "CHUNKS": chunks,
                     "SECTIONS": sections,
+                    "HAS_GAMMAS": self.has_gammas,
                 },
                 num_warps=8,
             )

@@ -102,19 +102,23 @@ def find_thresholds(
     patterns: tl.tensor,
     thresholds: tl.tensor,
     last_ties: tl.tensor,
+    gammas: tl.tensor,
     gamma: float,
     first_head: int,
     num_blocks: int,
+    heads: int,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     SECTIONS: tl.constexpr,
     HAS_MAPS: tl.constexpr,
+    HAS_GAMMAS: tl.constexpr,
 ) -> None:
     """Find the mass from which on the entries of a profile or a map reach gamma of its total. Grid: (2, heads).
 
     A vertical-slash head has two searches, columns and diagonals; a query-aware one has one, over its map, done here
     if HAS_MAPS, for small maps. Each round cuts the range of the threshold's bits into SECTIONS + 1 parts, until one
-    value is left: exact, up to the rounding of float32 sums, about 1e-6 of the total.
+    value is left: exact, up to the rounding of float32 sums, about 1e-6 of the total. With HAS_GAMMAS, ``gammas`` holds
+    gamma for each query head, (H,) float32, and ``gamma`` is not read.
 
     ``thresholds`` and ``last_ties`` are (B, H, 2): the threshold, and the last position at which an entry equal to it
     is still needed.
@@ -128,6 +132,8 @@ def find_thresholds(
         return
     if is_map & (not HAS_MAPS):
         return
+    if HAS_GAMMAS:
+        gamma = tl.load(gammas + program % heads)
     values = profiles + (program * 2 + which) * num_blocks
     if is_map:
         values = estimate
@@ -163,15 +169,18 @@ def narrow_thresholds(
     masses: tl.tensor,
     thresholds: tl.tensor,
     last_ties: tl.tensor,
+    gammas: tl.tensor,
     gamma: float,
     lowest: int,
     turn: int,
     num_turns: int,
     first_head: int,
     num_blocks: int,
+    heads: int,
     TILE: tl.constexpr,
     CHUNKS: tl.constexpr,
     SECTIONS: tl.constexpr,
+    HAS_GAMMAS: tl.constexpr,
 ) -> None:
     """Take one turn of the search over large maps, by several programs a head. Grid: (CHUNKS, heads).
 
@@ -184,6 +193,8 @@ def narrow_thresholds(
     program = first_head + local
     if tl.load(patterns + program) != QUERY_AWARE:
         return
+    if HAS_GAMMAS:
+        gamma = tl.load(gammas + program % heads)
     cut = tl.arange(0, SECTIONS)
     low = tl.full([], 0, tl.int32) + lowest
     high = tl.full([], ABOVE_ONE, tl.int32)
@@ -317,6 +328,7 @@ def pack_blocks(
     last_ties: tl.tensor,
     key_peak: tl.tensor,
     value_peak: tl.tensor,
+    gammas: tl.tensor,
     diagonal_counts: tl.tensor,
     diagonal_indices: tl.tensor,
     full_counts: tl.tensor,
@@ -328,12 +340,17 @@ def pack_blocks(
     width: int,
     min_blocks: int,
     max_blocks: int,
+    first_dense: int,
     NUM_BLOCKS: tl.constexpr,
     IS_DENSE: tl.constexpr,
+    HAS_GAMMAS: tl.constexpr,
     HAS_CEILING: tl.constexpr,
     HAS_VALUE: tl.constexpr,
 ) -> None:
-    """Select and pack the blocks of one query row. Grid: (heads * num_blocks,)."""
+    """Select and pack the blocks of one query row, all of them from row ``first_dense`` on.
+
+    Grid: (heads * num_blocks,).
+    """
     estimate += (tl.program_id(0) // num_blocks).to(tl.int64) * num_blocks * num_blocks
     program = first_head + (tl.program_id(0) // num_blocks).to(tl.int64)
     row = tl.program_id(0) % num_blocks
@@ -360,9 +377,12 @@ def pack_blocks(
         selected = _reaches(by_column, column, thresholds + program * 2, last_ties + program * 2)
         selected |= _reaches(by_diagonal, row - column, thresholds + program * 2 + 1, last_ties + program * 2 + 1)
         score = tl.maximum(by_column, by_diagonal)
+    is_dense = row >= first_dense
+    if HAS_GAMMAS:
+        is_dense |= tl.load(gammas + program % heads) == 1
     if IS_DENSE:
         selected = optional
-    selected &= optional
+    selected = (selected | is_dense) & optional
 
     bits = score.to(tl.int32, bitcast=True)
     selected |= _best(bits, optional, min_blocks)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexprefill_compile.block_masks.gammas import Share
 from flexprefill_compile.block_masks.representative import RepresentativeAttention
 from flexprefill_compile.block_masks.runs import Runs
 from flexprefill_compile.block_masks.select import select_cumulative
 
 
-def select_vertical_slash(attention: RepresentativeAttention, gamma: float) -> tuple[Tensor, Tensor]:
+def select_vertical_slash(attention: RepresentativeAttention, gamma: Share) -> tuple[Tensor, Tensor]:
     """Select the fewest key blocks, and the fewest block diagonals, that reach gamma each; join them.
 
     Returns:
@@ -25,14 +26,14 @@ def select_vertical_slash(attention: RepresentativeAttention, gamma: float) -> t
 
 
 def select_masked_vertical_slash(
-    attention: RepresentativeAttention, slots: Tensor, gamma: float, runs: Runs | None
+    attention: RepresentativeAttention, slots: Tensor, gamma: Share, runs: Runs | None
 ) -> tuple[Tensor, Tensor]:
     """Select the same of each sequence under a mask.
 
     Args:
         attention: Columns (B, H, num_k_blocks) and diagonals (B, H, num_slots).
         slots: (B|1, num_q_blocks, num_k_blocks) int64, which entry of the diagonals is a block's.
-        gamma: Share to reach.
+        gamma: Share to reach, one number or (H, 1).
         runs: The blocks, and so the slots, of each packed sequence; None is one sequence a row of the batch.
 
     Returns:

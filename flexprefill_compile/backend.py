@@ -42,8 +42,10 @@ class FlexPrefillBackend:
 
     __name__ = "flexprefill"
 
-    def __init__(self) -> None:
+    def __init__(self, observed_rows: int = 0) -> None:
+        """Take how many query rows of each rewritten attention ``observe_attention`` is to see; 0 is not to observe."""
         self.report = RewriteReport()
+        self.observed_rows = observed_rows
 
     def __call__(
         self,
@@ -68,7 +70,7 @@ class FlexPrefillBackend:
         config, config_patches = split_options(options, inductor_option_names())
         config = settle_min_length(config, example_inputs)
         config_patches = mode_patches(mode) | config_patches
-        compiled, sites = compile_graph(graph_module, example_inputs, config, config_patches)
+        compiled, sites = compile_graph(graph_module, example_inputs, config, config_patches, self.observed_rows)
         self.report = RewriteReport(self.report.sites + tuple(sites))
         return compiled
 
@@ -97,6 +99,7 @@ def compile_graph(
     example_inputs: Sequence[Any],
     config: SparsePrefillConfig,
     config_patches: dict[str, Any],
+    observed_rows: int = 0,
 ) -> tuple[CompiledGraph, list[Site]]:
     """Rewrite a graph and compile it; attention that inductor fails on in its sparse form is left dense.
 
@@ -108,7 +111,7 @@ def compile_graph(
     def attempt(failures: Mapping[object, str], *, is_trial: bool = False) -> tuple[CompiledGraph, list[Site]]:
         if failures:  # not the first attempt
             snapshot.restore()
-        sparse_prefill = SparsePrefillPass(config, failures)
+        sparse_prefill = SparsePrefillPass(config, failures, observed_rows)
         sparse_prefill(graph_module)
         if config.on_skip == "raise" and not is_trial:
             check_skips(sparse_prefill.sites)

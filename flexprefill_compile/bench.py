@@ -83,10 +83,9 @@ def measure(
     """Measure one layer on given inputs; times in milliseconds."""
     query, key, value = inputs
     scale = query.shape[-1] ** -0.5
-    settings = (config.gamma, config.tau, config.min_budget, config.max_budget, config.block_size, config.estimator)
 
     def select() -> tuple[Tensor, ...]:
-        tables: tuple[Tensor, ...] = torch.ops.flexprefill.select_blocks(query, key, value, scale, *settings)
+        tables: tuple[Tensor, ...] = torch.ops.flexprefill.select_blocks(query, key, value, scale, *config.selection)
         return tables
 
     torch.compiler.reset()

@@ -28,18 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flexprefill", description="Sparse prefill for PyTorch models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo",
-        help="prefill a real model dense and sparse, and compare",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    demo.set_defaults(run=_run_demo)
-    demo.add_argument("--model", type=Path, help="a Hugging Face model folder or a GGUF file (SmolLM2-135M-Instruct)")
-    demo.add_argument("--text", type=Path, help="a text file (licence texts of this machine)")
-    demo.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="tokens of the text, at most")
-    demo.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
-    demo.add_argument("--device", default="cpu", help="cpu or cuda")
-    demo.add_argument("--rounds", type=_positive, default=3, metavar="N", help="timed prefills of each kind, in turn")
+    _add_demo(commands)
+    _add_audit(commands)
+    _add_evaluate(commands)
     tune = commands.add_parser(
         "tune",
         help="measure from what length on sparse prefill pays on this machine",
@@ -58,8 +49,33 @@ def _create_parser() -> argparse.ArgumentParser:
     bench.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
     bench.add_argument("--calls", type=_positive, default=15, metavar="N", help="timed calls of each kind")
     bench.add_argument("--json", type=Path, help="a file for all figures")
-    _add_evaluate(commands)
     return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="prefill a real model dense and sparse, and compare",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.set_defaults(run=_run_demo)
+    _add_prompt(demo)
+    demo.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
+    demo.add_argument("--rounds", type=_positive, default=3, metavar="N", help="timed prefills of each kind, in turn")
+
+
+def _add_audit(commands: Any) -> None:
+    audit = commands.add_parser(
+        "audit",
+        help="measure what sparse prefill of a model loses: by layer and head, and in its predictions",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    audit.set_defaults(run=_run_audit)
+    _add_prompt(audit)
+    _add_selection(audit)
+    audit.add_argument("--rows", type=_positive, default=128, metavar="N", help="query rows a head to compute exactly")
+    audit.add_argument("--json", type=Path, metavar="FILE", help="a file for all figures")
+    audit.add_argument("--plots", type=Path, metavar="FOLDER", help="a folder for pictures")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -77,11 +93,40 @@ def _add_evaluate(commands: Any) -> None:
     )
     evaluate.add_argument("--samples", type=_positive, default=16, metavar="N", help="of each task at each length")
     evaluate.add_argument("--estimators", nargs="+", default=[SparsePrefillConfig.estimator], metavar="NAME")
-    evaluate.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
-    evaluate.add_argument("--min-budget", type=int, default=SparsePrefillConfig.min_budget, metavar="TOKENS")
-    evaluate.add_argument("--min-length", type=int, default=1, metavar="TOKENS", help="shorter prompts stay dense")
+    _add_selection(evaluate, has_estimator=False)
+    evaluate.add_argument("--min-length", type=_positive, default=1, metavar="N", help="shorter prompts stay dense")
     evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="other samples for other seeds")
-    evaluate.add_argument("--json", type=Path, help="a file for all figures")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="a file for all figures")
+
+
+def _add_prompt(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model", type=Path, help="a Hugging Face model folder or a GGUF file (SmolLM2-135M-Instruct)"
+    )
+    command.add_argument("--text", type=Path, help="a text file (licence texts of this machine)")
+    command.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="tokens of the text, at most")
+    command.add_argument("--device", default="cpu", help="cpu or cuda")
+
+
+def _add_selection(command: argparse.ArgumentParser, *, has_estimator: bool = True) -> None:
+    """Add fields of SparsePrefillConfig; those that are not given keep their defaults."""
+    numbers: tuple[tuple[str, type, str], ...] = (
+        ("--gamma", float, "share of attention to reach"),
+        ("--min-budget", int, "tokens a row computes at least"),
+        ("--max-budget", int, "tokens a row computes at most"),
+        ("--block-size", int, "tokens to a side of a block"),
+    )
+    for name, kind, text in numbers:
+        command.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar="N", help=text)
+    if has_estimator:
+        command.add_argument("--estimator", default=argparse.SUPPRESS, metavar="NAME", help="how blocks are chosen")
+    command.add_argument("--policy", default=argparse.SUPPRESS, metavar="FILE", help="settings by layer, as JSON")
+
+
+def _read_selection(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what was given of ``_add_selection``."""
+    names = ("gamma", "min_budget", "max_budget", "block_size", "estimator", "policy")
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 def _add_shape(command: argparse.ArgumentParser) -> None:
@@ -105,7 +150,7 @@ def _run_bench(options: argparse.Namespace) -> None:
 def _run_evaluate(options: argparse.Namespace) -> None:
     with _extra_hf("evaluate"):
         from flexprefill_compile.tasks.evaluate import run_evaluate  # noqa: PLC0415  (needs the extra "hf")
-    fields = {"gamma": options.gamma, "min_budget": options.min_budget, "min_length": options.min_length}
+    fields = _read_selection(options) | {"min_length": options.min_length}
     run_evaluate(
         model_path=options.model,
         device=options.device,
@@ -113,7 +158,7 @@ def _run_evaluate(options: argparse.Namespace) -> None:
         lengths=options.lengths,
         count=options.samples,
         seed=options.seed,
-        configs={name: SparsePrefillConfig(estimator=name, **fields) for name in options.estimators},
+        configs={name: SparsePrefillConfig(**(fields | {"estimator": name})) for name in options.estimators},
         json_path=options.json,
     )
 
@@ -128,6 +173,21 @@ def _run_demo(options: argparse.Namespace) -> None:
         config=SparsePrefillConfig(gamma=options.gamma, min_length=min(options.tokens, 4096)),
         device=options.device,
         rounds=options.rounds,
+    )
+
+
+def _run_audit(options: argparse.Namespace) -> None:
+    with _extra_hf("audit"):
+        from flexprefill_compile.quality.audit_command import run_audit  # noqa: PLC0415  (needs the extra "hf")
+    run_audit(
+        model_path=options.model,
+        text_path=options.text,
+        max_tokens=options.tokens,
+        options=_read_selection(options),
+        rows=options.rows,
+        json_path=options.json,
+        plots_path=options.plots,
+        device=options.device,
     )
 
 

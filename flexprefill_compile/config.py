@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-from flexprefill_compile.torch_internals import PassesThroughDynamo
+from flexprefill_compile.checks import InvalidOptionError, check, check_budgets, check_tau, is_integer, settle_gamma
+from flexprefill_compile.policy import Policy, settle_policy
+from flexprefill_compile.registry import Estimator, check_estimator, name_estimator
 
-ESTIMATORS = ("flexprefill",)
+__all__ = ["InvalidOptionError", "SparsePrefillConfig", "split_options"]
+
 ON_SKIP = ("keep", "raise")
-
-
-class InvalidOptionError(PassesThroughDynamo, ValueError):
-    """An option has an unknown name or a value out of range."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,12 @@ class SparsePrefillConfig:
 
     Attributes:
         gamma: Share of the attention that the selected blocks must reach, in (0, 1]. 1 is dense attention.
+            One number, or one for each query head.
         tau: Distance below which a head's pooled estimate is trusted, in [0, 1]: the square root of a
             Jensen-Shannon divergence in nats. 0 makes every head vertical-slash.
         min_budget: Tokens that every query row computes at least, beside the first key block and the diagonal.
         max_budget: Tokens that every query row computes at most, beside the first key block and the diagonal;
-            None is no limit. It also caps gamma = 1.
+            None is no limit. It also caps gamma = 1 and ``dense_last``.
         block_size: Tokens to a side of a block: a power of two from 16 to 512.
         min_length: Prompts of fewer tokens keep dense attention. None is where sparse prefill starts to pay on the
             device, see ``crossing``.
@@ -35,7 +36,13 @@ class SparsePrefillConfig:
             dense. Masks that the model computes from positions and lengths are never read and have no limit.
         check_masks: Compare each mask with the formula it was turned into, at run time, and raise where they differ.
             For debugging: it needs the whole mask.
-        estimator: How blocks are chosen: ``"flexprefill"``.
+        estimator: How blocks are chosen: by name, ``"flexprefill"``, ``"auto"``, ``"xattention"``, ``"sampled"``,
+            ``"streaming"``, ``"dense"`` or one that was registered; or a function, which is registered and kept by its
+            qualified name. See docs/estimators.md.
+        dense_last: The blocks of the last so many queries of a prompt, or of a chunk of it, compute every block.
+        dense_layers: Attention layers that stay dense, by number: the first number in the path of the module, as 3 in
+            ``model.layers.3.self_attn``, or where there is none the place among the attention calls of the graph.
+        policy: Settings by layer, over those here: a ``Policy``, the path of its file, or None.
         on_skip: What to do about an attention call that has to stay dense: ``"keep"`` it and report it, or
             ``"raise"``. Decode steps and short prompts are dense by design and never raise.
         kernel_options: FlexAttention's own, names and values, over those chosen here: a mapping, kept as its items.
@@ -44,7 +51,7 @@ class SparsePrefillConfig:
         InvalidOptionError: A value is out of range. It is a ``ValueError``.
     """
 
-    gamma: float = 0.95
+    gamma: float | tuple[float, ...] = 0.95
     tau: float = 0.1
     min_budget: int = 1024
     max_budget: int | None = None
@@ -52,47 +59,96 @@ class SparsePrefillConfig:
     min_length: int | None = None
     max_mask_elements: int = 2**26
     check_masks: bool = False
-    estimator: str = "flexprefill"
+    estimator: str | Estimator = "flexprefill"
+    dense_last: int = 0
+    dense_layers: tuple[int, ...] = ()
+    policy: Policy | str | Path | None = None
     on_skip: str = "keep"
     kernel_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        _check("gamma", self.gamma, "in (0, 1]", _is_number(self.gamma) and 0 < self.gamma <= 1)
-        _check("tau", self.tau, "in [0, 1]", _is_number(self.tau) and 0 <= self.tau <= 1)
-        _check("min_budget", self.min_budget, "a number of tokens, at least 0", _is_integer(self.min_budget, 0))
-        _check(
-            "max_budget",
-            self.max_budget,
-            f"None or a number of tokens, at least min_budget ({self.min_budget})",
-            self.max_budget is None or _is_integer(self.max_budget, max(1, self.min_budget)),
-        )
-        _check(
+        object.__setattr__(self, "gamma", settle_gamma(self.gamma))
+        check_tau(self.tau)
+        check("min_budget", self.min_budget, "a number of tokens, at least 0", is_integer(self.min_budget, 0))
+        check_budgets(self.min_budget, self.max_budget)
+        check(
             "block_size",
             self.block_size,
             "a power of two from 16 to 512",
-            _is_integer(self.block_size, 16) and self.block_size <= 512 and self.block_size.bit_count() == 1,
+            is_integer(self.block_size, 16) and self.block_size <= 512 and self.block_size.bit_count() == 1,
         )
-        _check(
+        check(
             "min_length",
             self.min_length,
             "None or a number of tokens, at least 1",
-            self.min_length is None or _is_integer(self.min_length, 1),
+            self.min_length is None or is_integer(self.min_length, 1),
         )
-        _check(
+        check(
             "max_mask_elements",
             self.max_mask_elements,
             "a number of elements, at least 0",
-            _is_integer(self.max_mask_elements, 0),
+            is_integer(self.max_mask_elements, 0),
         )
-        _check("check_masks", self.check_masks, "True or False", isinstance(self.check_masks, bool))
-        _check("estimator", self.estimator, f"one of {', '.join(ESTIMATORS)}", self.estimator in ESTIMATORS)
+        check("check_masks", self.check_masks, "True or False", isinstance(self.check_masks, bool))
+        if callable(self.estimator):
+            object.__setattr__(self, "estimator", name_estimator(self.estimator))
+        check_estimator(self.estimator)
+        check("dense_last", self.dense_last, "a number of tokens, at least 0", is_integer(self.dense_last, 0))
+        are_layers = isinstance(self.dense_layers, Collection) and all(is_integer(n, 0) for n in self.dense_layers)
+        check("dense_layers", self.dense_layers, "numbers of layers, each at least 0", are_layers)
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        object.__setattr__(self, "policy", settle_policy(self.policy))
         items = self.kernel_options.items() if isinstance(self.kernel_options, Mapping) else self.kernel_options
         are_names = isinstance(items, Collection) and all(
             isinstance(item, tuple) and isinstance(item[0], str) for item in items
         )
-        _check("kernel_options", self.kernel_options, "a mapping of FlexAttention's kernel options", are_names)
+        check("kernel_options", self.kernel_options, "a mapping of FlexAttention's kernel options", are_names)
         object.__setattr__(self, "kernel_options", tuple(sorted(items)))
-        _check("on_skip", self.on_skip, f"one of {', '.join(ON_SKIP)}", self.on_skip in ON_SKIP)
+        check("on_skip", self.on_skip, f"one of {', '.join(ON_SKIP)}", self.on_skip in ON_SKIP)
+
+    def as_options(self) -> dict[str, Any]:
+        """Return the config as the ``options`` of ``torch.compile``."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def gammas(self) -> list[float]:
+        """Gamma as the ops take it: one number, or one for each query head."""
+        return list(self.gamma) if isinstance(self.gamma, tuple) else [self.gamma]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every block is computed, whatever the inputs."""
+        return self.max_budget is None and (min(self.gammas) == 1 or self.estimator == "dense")
+
+    @property
+    def selection(self) -> tuple[Any, ...]:
+        """The arguments that the selecting ops take last; ``from_selection`` is the way back."""
+        return (
+            *(self.gammas, self.tau, self.min_budget, self.max_budget),
+            *(self.block_size, self.dense_last, self.estimator),
+        )
+
+    @classmethod
+    def from_selection(
+        cls,
+        gammas: list[float],
+        tau: float,
+        min_budget: int,
+        max_budget: int | None,
+        block_size: int,
+        dense_last: int,
+        estimator: str,
+    ) -> SparsePrefillConfig:
+        """Return the config of which these are the ``selection``."""
+        return cls(
+            gamma=gammas[0] if len(gammas) == 1 else tuple(gammas),
+            tau=tau,
+            min_budget=min_budget,
+            max_budget=max_budget,
+            block_size=block_size,
+            dense_last=dense_last,
+            estimator=estimator,
+        )
 
 
 def split_options(
@@ -121,16 +177,3 @@ def split_options(
             known = f"did you mean {close[0]!r}?" if close else f"flexprefill takes {', '.join(own_names)}"
             raise InvalidOptionError(f"{given_name!r} is an option of neither flexprefill nor inductor: {known}")
     return SparsePrefillConfig(**own), forwarded
-
-
-def _check(name: str, value: object, expected: str, is_valid: bool) -> None:
-    if not is_valid:
-        raise InvalidOptionError(f"{name} must be {expected}, got {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_integer(value: object, at_least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least

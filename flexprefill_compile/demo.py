@@ -7,14 +7,12 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +20,7 @@ from flexprefill_compile.backend import FlexPrefillBackend
 from flexprefill_compile.block_masks import record_densities
 from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.hf import load_model, read_tokens
+from flexprefill_compile.progress import show_steps
 from flexprefill_compile.report import RewriteReport, Skipped, format_table
 
 CONTINUATION_TOKENS = 12
@@ -79,7 +78,7 @@ def run_demo(
         UsageError: A file or a device is missing, or the model is no causal language model.
     """
     console = Console()
-    with _steps(console) as step:
+    with show_steps(console) as step:
         step("loading the model")
         model, tokenizer = load_model(model_path, device)
         tokens, source = read_tokens(tokenizer, text_path, max_tokens)
@@ -88,7 +87,7 @@ def run_demo(
 
         backend = FlexPrefillBackend()
         dense = Prefill(torch.compile(model, backend="inductor"))
-        sparse = Prefill(torch.compile(model, backend=backend, options=dataclasses.asdict(config)))
+        sparse = Prefill(torch.compile(model, backend=backend, options=config.as_options()))
         with torch.no_grad():
             for name, prefill in (("dense", dense), ("sparse", sparse)):
                 step(f"{name}: compiling")
@@ -139,21 +138,6 @@ def summarise(dense: Prefill, sparse: Prefill, report: RewriteReport) -> str:
 
 def _format_time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
-
-
-@contextmanager
-def _steps(console: Console) -> Iterator[Callable[[str], None]]:
-    """Show the step under way and its time; print each step that ends."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=None)
-
-        def step(description: str) -> None:
-            progress.reset(task, description=description)
-            if not console.is_terminal:
-                console.print(f"{description} ...", highlight=False)
-
-        yield step
 
 
 def _time(run: Callable[..., Any], tokens: Tensor) -> tuple[float, Any]:

@@ -1,7 +1,7 @@
 """The custom ops that appear in a rewritten graph: their schemas and fakes. Torch only, registered at import.
 
-The kernels are registered by ``block_masks/prefill.py`` and ``block_masks/masked_prefill.py`` and, for the CPU's
-``realize``, here.
+The kernels are registered by ``block_masks/prefill.py``, ``block_masks/masked_prefill.py`` and
+``block_masks/observing.py`` and, for the CPU's ``realize``, here.
 """
 
 from __future__ import annotations
@@ -16,26 +16,36 @@ SELECT_BLOCKS = f"{NAMESPACE}::select_blocks"
 SELECT_MASKED_BLOCKS = f"{NAMESPACE}::select_masked_blocks"
 REALIZE = f"{NAMESPACE}::realize"
 CHECK_MASK = f"{NAMESPACE}::check_mask"
+OBSERVE = f"{NAMESPACE}::observe"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 _library.define(
-    "select_blocks(Tensor query, Tensor key, Tensor? value, float scale, float gamma, float tau, int min_budget, "
-    "int? max_budget, int block_size, str estimator) -> (Tensor, Tensor, Tensor, Tensor)",
+    "select_blocks(Tensor query, Tensor key, Tensor? value, float scale, float[] gamma, float tau, int min_budget, "
+    "int? max_budget, int block_size, int dense_last, str estimator) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    # From ``certain`` to ``block_offset`` the fields of ``block_masks.mask_facts.MaskFacts``.
+    # From ``certain`` to ``offset`` the fields of ``block_masks.mask_facts.MaskFacts``.
     "select_masked_blocks(Tensor query, Tensor key, Tensor? value, Tensor certain, Tensor possible, Tensor required, "
     "Tensor rows, Tensor row_mask, Tensor key_counts, Tensor query_counts, Tensor first_block, Tensor last_block, "
-    "Tensor block_offset, Tensor? score_bias, float scale, float? softcap, float gamma, float tau, int min_budget, "
-    "int? max_budget, int block_size, str estimator) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor block_offset, Tensor offset, Tensor? score_bias, float scale, float? softcap, float[] gamma, float tau, "
+    "int min_budget, int? max_budget, int block_size, int dense_last, str estimator) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("realize(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 # Returns a copy of ``query``, so that nothing drops the check.
 _library.define(
     "check_mask(Tensor query, Tensor mask, Tensor visible, Tensor? bias) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# Returns a copy of ``output``, so that nothing drops the observation. ``tables`` are the fields of a BlockTables,
+# ``facts`` those of a MaskFacts, or none.
+_library.define(
+    "observe(Tensor output, Tensor query, Tensor key, Tensor value, Tensor[] tables, Tensor[] facts, "
+    "Tensor? score_bias, Tensor rows, Tensor? visible, Tensor? row_bias, float scale, float? softcap, str name) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -56,11 +66,12 @@ def _fake_select_blocks(
     key: Tensor,
     value: Tensor | None,
     scale: float,
-    gamma: float,
+    gamma: list[float],
     tau: float,
     min_budget: int,
     max_budget: int | None,
     block_size: int,
+    dense_last: int,
     estimator: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_blocks = (query.shape[2] + block_size - 1) // block_size
@@ -90,6 +101,10 @@ def _fake_realize(x: Tensor) -> Tensor:
 
 def _realize(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _fake_observe(output: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(output)
 
 
 def _fake_check_mask(query: Tensor, mask: Tensor, visible: Tensor, bias: Tensor | None) -> Tensor:
@@ -123,6 +138,7 @@ def _check_mask(query: Tensor, mask: Tensor, visible: Tensor, bias: Tensor | Non
 
 torch.library.register_fake(CHECK_MASK, _fake_check_mask, lib=_library)
 torch.library.impl(CHECK_MASK, "CompositeExplicitAutograd", _check_mask, lib=_library)
+torch.library.register_fake(OBSERVE, _fake_observe, lib=_library)
 torch.library.register_fake(SELECT_BLOCKS, _fake_select_blocks, lib=_library)
 torch.library.register_fake(SELECT_MASKED_BLOCKS, _fake_select_masked_blocks, lib=_library)
 torch.library.register_fake(REALIZE, _fake_realize, lib=_library)

@@ -14,6 +14,7 @@ class SkipReason(enum.Enum):
 
     DECODE = "one query: a decode step"
     TOO_SHORT = "prompt shorter than min_length"
+    DENSE_LAYER = "layer set to stay dense"
     MASK_NOT_LIFTED = "its mask is no formula of query and key"
     MASK_EDITED = "its mask is edited in place"
     NOT_CAUSAL = "not causal"
@@ -33,7 +34,7 @@ class SkipReason(enum.Enum):
     @property
     def is_by_design(self) -> bool:
         """Whether dense attention is the right choice here, so that ``on_skip="raise"`` lets it pass."""
-        return self in {SkipReason.DECODE, SkipReason.TOO_SHORT}
+        return self in {SkipReason.DECODE, SkipReason.TOO_SHORT, SkipReason.DENSE_LAYER}
 
 
 @dataclasses.dataclass(frozen=True)

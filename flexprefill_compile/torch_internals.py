@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
 from types import ModuleType
 from typing import Any, cast
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch._dynamo import config as _dynamo_config
 from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 from torch._guards import tracing
@@ -50,6 +52,7 @@ __all__ = [
     "share_storage",
     "statically_known_true",
     "uncompiled_call",
+    "without_recompile_limit",
     "written_arguments",
 ]
 
@@ -132,6 +135,12 @@ def make_fx_under(fake_mode: FakeTensorMode, function: Callable[..., Any], *exam
     """
     with torch.no_grad(), tracing(None), fake_mode:
         return make_fx(function, tracing_mode="symbolic")(*examples)
+
+
+def without_recompile_limit() -> AbstractContextManager[Any]:
+    """Keep dynamo from giving up on a function that it has compiled a few times, for other backends or options."""
+    patch: Any = _dynamo_config.patch  # torch adds it at run time, where mypy can't see it
+    return cast("AbstractContextManager[Any]", patch(recompile_limit=2**30, accumulated_recompile_limit=2**30))
 
 
 class GraphSnapshot:

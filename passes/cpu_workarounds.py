@@ -7,8 +7,13 @@
    That product becomes a transposition and a call of ATen's ``brgemm``, like the template's other product.
 3. The template's maximum drops NaN, and so does its fast exponential: a NaN in a query or key gives finite numbers.
    The maximum propagates it, and the sum of a row's weights takes it over.
+4. With dynamic shapes the template knows no symbolic sizes of the tensors that a mask_mod or score_mod captures: their
+   strides come out under names that nobody declares. It passes on the symbols that ``extra_sizevars`` lists, so the
+   captures' are added there.
+5. It puts its tile sizes into the generated code by replacing text: ``ks3``, say, also at the start of ``ks31``. The
+   tile sizes are listed as well, while a mod is generated, which gives them names that no other starts with.
 
-2 and 3 are repaired while our graphs compile, and only then. Checked on torch 2.11 to 2.14;
+2 to 5 are repaired while our graphs compile, and only then. Checked on torch 2.11 to 2.14;
 ``tests/test_cpu_workarounds.py`` says when each can go.
 """
 
@@ -65,31 +70,73 @@ def realize_on_cpu(insert: Callable[..., Node], x: Node, device: torch.device) -
 
 @contextlib.contextmanager
 def repaired_cpu_template() -> Iterator[None]:
-    """While active, inductor generates FlexAttention for the CPU without bugs 2 and 3.
+    """While active, inductor generates FlexAttention for the CPU without bugs 2 to 5.
 
     What is compiled meanwhile is cached under a tag of its own: inductor's cache keys see graphs, not templates.
     """
     template = cpp_flex_attention_template().CppFlexAttentionTemplate
-    define_products = template.micro_gemm_define
-    define_softmax = template.codegen_softmax_fusion
+    repairs = [
+        mock.patch.object(template, name, repair(getattr(template, name))) for name, repair in TEMPLATE_REPAIRS.items()
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in repairs:
+            stack.enter_context(patch)
+        stack.enter_context(compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag} {CACHE_TAG}"))
+        yield
 
-    def define_fast_products(self: Any, kernel_name: str) -> str:
-        source: str = define_products(self, kernel_name)
+
+def _multiply_fast(define_products: Callable[[Any, str], str]) -> Callable[[Any, str], str]:
+    """Repair 2."""
+
+    def define(self: Any, kernel_name: str) -> str:
+        source = define_products(self, kernel_name)
         if self.input_dtype != torch.float32:
             return source
         slow = f"{kernel_name}_kernel_micro_gemm_transpose_b"
         return source.replace(slow, f"{slow}_unused") + QUERY_KEY_PRODUCT.format(name=slow)
 
-    def define_softmax_with_nan(self: Any, kernel_name: str) -> str:
-        source: str = define_softmax(self, kernel_name)
+    return define
+
+
+def _keep_nan(define_softmax: Callable[[Any, str], str]) -> Callable[[Any, str], str]:
+    """Repair 3."""
+
+    def define(self: Any, kernel_name: str) -> str:
+        source = define_softmax(self, kernel_name)
         for text, replacement in KEEP_NAN.items():
             source = source.replace(text, replacement)
         return source
 
-    tag = f"{compiler_config.cache_key_tag} {CACHE_TAG}"
-    with (
-        mock.patch.object(template, "micro_gemm_define", define_fast_products),
-        mock.patch.object(template, "codegen_softmax_fusion", define_softmax_with_nan),
-        compiler_config.patch(cache_key_tag=tag),
-    ):
-        yield
+    return define
+
+
+def _pass_sizes_of_captures(create: Callable[..., None]) -> Callable[..., None]:
+    """Repair 4."""
+
+    def create_template(self: Any, *args: Any, **keywords: Any) -> None:
+        create(self, *args, **keywords)
+        captures = [x for x in self.kernel_input_name_to_buffer.values() if hasattr(x, "get_stride")]
+        sizes = [size for capture in captures for size in (*capture.get_size(), *capture.get_stride())]
+        symbols = {symbol for size in sizes for symbol in getattr(size, "free_symbols", ())}
+        self.extra_sizevars += sorted(symbols - {*self.extra_sizevars}, key=str)
+
+    return create_template
+
+
+def _name_tile_sizes(generate: Callable[..., str]) -> Callable[..., str]:
+    """Repair 5."""
+
+    def generate_mod(self: Any, *args: Any, **keywords: Any) -> str:
+        with mock.patch.object(self, "extra_sizevars", [*self.extra_sizevars, *self.block_vars]):
+            return generate(self, *args, **keywords)
+
+    return generate_mod
+
+
+# By the method of inductor's template.
+TEMPLATE_REPAIRS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "micro_gemm_define": _multiply_fast,
+    "codegen_softmax_fusion": _keep_nan,
+    "__init__": _pass_sizes_of_captures,
+    "modification": _name_tile_sizes,
+}

@@ -18,7 +18,7 @@ The mask_mod runs on every block not proven full, so the result is exact attenti
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,13 +66,16 @@ class _Selection(NamedTuple):
     score_captures: tuple[Any, ...]
 
 
-def rewrite_attention(lifted: LiftedSite, config: SparsePrefillConfig, sharing: MaskSharing) -> None:
+def rewrite_attention(
+    lifted: LiftedSite, config: SparsePrefillConfig, sharing: MaskSharing, observed_rows: int = 0
+) -> None:
     """Replace the attention of a site by its sparse form, in place.
 
     Args:
         lifted: A match, understood.
         config: What to select.
         sharing: Of the site's own graph module, which gains the mask_mod and the score_mod as submodules.
+        observed_rows: How many of its rows ``observe_attention`` is to see; 0 is not to observe it.
     """
     site = lifted.site
     insert = _start_inserting(sharing.graph, site.node)
@@ -85,6 +88,8 @@ def rewrite_attention(lifted: LiftedSite, config: SparsePrefillConfig, sharing: 
         attention = _insert_attention(sharing, lifted, inputs, selection, config)
         output = insert(operator.getitem, attention, 0)
         output = realize_on_cpu(insert, output, example_of(output).device)
+        if observed_rows:
+            output = _insert_observation(insert, lifted, sharing, (output, *inputs), selection.tables, observed_rows)
         output = _restore_layout(insert, output, site)
     site.node.replace_all_uses_with(output)
     sharing.graph.erase_node(site.node)
@@ -115,7 +120,7 @@ def _select_causal(
 ) -> _Selection:
     """Insert the op that selects blocks of causal attention. The op's arguments key inductor's caches."""
     tables = insert(
-        torch.ops.flexprefill.select_blocks.default, *inputs, lifted.parts.scale, *_settings(config), name="tables"
+        torch.ops.flexprefill.select_blocks.default, *inputs, lifted.parts.scale, *config.selection, name="tables"
     )
     length = sharing.measure(inputs[0], inputs[1]).query_length
     mask = _insert_submodule(sharing.module, MASK_MODULE, causal_mask)
@@ -133,7 +138,7 @@ def _select_masked(
     tables = insert(
         torch.ops.flexprefill.select_masked_blocks.default,
         *(*inputs, *shared.facts, bias, parts.scale, parts.softcap),
-        *_settings(config),
+        *config.selection,
         name="tables",
     )
     score, score_captures = _insert_score(lifted, sharing)
@@ -145,10 +150,6 @@ def _select_masked(
         score=score,
         score_captures=score_captures,
     )
-
-
-def _settings(config: SparsePrefillConfig) -> tuple[Any, ...]:
-    return config.gamma, config.tau, config.min_budget, config.max_budget, config.block_size, config.estimator
 
 
 def _unpack(insert: Insert, tables: Node) -> tuple[Node, ...]:
@@ -181,6 +182,27 @@ def _insert_attention(
     query, value = examples[0], examples[2]
     attention.meta = lifted.site.node.meta | {"example_value": (query.new_empty(*query.shape[:-1], value.shape[-1]),)}
     return attention
+
+
+def _insert_observation(
+    insert: Insert,
+    lifted: LiftedSite,
+    sharing: MaskSharing,
+    tensors: Sequence[Node],
+    tables: Sequence[Node],
+    num_rows: int,
+) -> Node:
+    """Insert the op that shows the call to observers; return the node to use in place of the output."""
+    _, query, key, _ = tensors
+    parts = lifted.parts
+    shared = None if lifted.is_plain else sharing.describe(lifted, query, key)
+    score_bias = None if shared is None else sharing.bias_of_representatives(lifted, shared)
+    rows, visible, row_bias = sharing.sample_rows(lifted, query, key, num_rows)
+    return insert(
+        torch.ops.flexprefill.observe.default,
+        *(*tensors, list(tables), list(shared.facts if shared else ()), score_bias, rows, visible, row_bias),
+        *(parts.scale, parts.softcap, lifted.site.name),
+    )
 
 
 def _restore_layout(insert: Insert, output: Node, site: AttentionSite) -> Node:

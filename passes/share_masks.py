@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from flexprefill_compile.block_masks.intervals import BlockBounds, classify_blocks
 from flexprefill_compile.block_masks.layout import AttentionSizes, count_blocks, unpack_blocks
 from flexprefill_compile.block_masks.mask_facts import MaskFacts, describe_mask, representative_indices
+from flexprefill_compile.block_masks.observing import sample_rows
 from flexprefill_compile.passes.attention_site import FlexMods, example_of
 from flexprefill_compile.passes.cpu_workarounds import realize_on_cpu
 from flexprefill_compile.passes.lift_mask import Capture
@@ -126,6 +127,34 @@ class MaskSharing:
 
         nodes = inline(self.graph, check, (query, materialised, *sizes, *(c for group in captures for c in group)))
         return nodes[0]
+
+    def sample_rows(
+        self, lifted: LiftedSite, query: Node, key: Node, count: int
+    ) -> tuple[Node, Node | None, Node | None]:
+        """Insert the choice of some query rows, which keys they see, and what is added to their scores.
+
+        Returns:
+            The nodes of (R,), and of what broadcasts to (B, H, R, Skv): bool, None for causal, and None for no bias.
+        """
+        functions = () if lifted.is_plain else tuple(f for f in (lifted.parts.mask, lifted.parts.bias) if f is not None)
+        captures = [self.capture(function, lifted.traced) for function in functions]
+        device = example_of(query).device
+
+        def sample(batch: int, heads: int, query_length: int, key_length: int, *values: Any) -> list[Tensor]:
+            rows = sample_rows(count, query_length, device)
+            positions = [torch.arange(batch, device=device), torch.arange(heads, device=device), rows]
+            positions.append(torch.arange(key_length, device=device))
+            indices = [x.view(-1, *[1] * (3 - dim)) for dim, x in enumerate(positions)]
+            remaining = iter(values)
+            return [
+                rows,
+                *(f.module(*indices, *(next(remaining) for _ in c)) for f, c in zip(functions, captures, strict=True)),
+            ]
+
+        sizes = self.measure(query, key)
+        rows, *found = inline(self.graph, sample, (*sizes, *(c for group in captures for c in group)))
+        visible, row_bias, *_ = (*found, None, None)
+        return rows, visible, row_bias
 
     def capture(self, function: ElementFunction, traced: TracedValue) -> tuple[Any, ...]:
         """Return the nodes of a function's captures, as they are when the mask is built."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch.fx import GraphModule, Node
 
 from flexprefill_compile.config import SparsePrefillConfig
-from flexprefill_compile.passes.attention_site import AttentionSite
+from flexprefill_compile.passes.attention_site import AttentionSite, example_of
 from flexprefill_compile.passes.base import GraphPass, graph_modules
+from flexprefill_compile.passes.layer_config import check_number_of_layers, config_for_layer, number_layer
 from flexprefill_compile.passes.lift_site import LiftedMasks, LiftedSite, lift_site
 from flexprefill_compile.passes.match_attention import match_attention
 from flexprefill_compile.passes.rewrite_attention import rewrite_attention
@@ -23,43 +25,92 @@ class SparsePrefillPass(GraphPass):
         sites: After the run, what became of each attention call.
     """
 
-    def __init__(self, config: SparsePrefillConfig, failures: Mapping[object, str]) -> None:
-        """Take what to do, and the signatures that inductor could not lower, with its error: they stay dense."""
+    def __init__(self, config: SparsePrefillConfig, failures: Mapping[object, str], observed_rows: int = 0) -> None:
+        """Take what to do.
+
+        Args:
+            config: What to select.
+            failures: The signatures that inductor could not lower, with its error: they stay dense.
+            observed_rows: How many rows of each rewritten attention are to be observed.
+        """
         self.config = config
         self.failures = failures
+        self.observed_rows = observed_rows
         self.sites: list[Site] = []
 
     def run(self, graph_module: GraphModule) -> None:
         """Rewrite the graph and its child graphs."""
+        layers = Layers(self.config)
         for module in graph_modules(graph_module):
             sharing = MaskSharing(module, self.config.block_size)
             for node in list(module.graph.nodes):
-                found = find_attention(node, self.config, sharing.lifted)
+                found = find_attention(node, self.config, sharing.lifted, layers)
                 if found is not None:
                     self.sites.append(self._rewrite_site(found, sharing))
+        layers.check(graph_module)
 
-    def _rewrite_site(self, found: LiftedSite | Skipped, sharing: MaskSharing) -> Site:
+    def _rewrite_site(self, found: ConfiguredSite | Skipped, sharing: MaskSharing) -> Site:
         if isinstance(found, Skipped):
             return found
-        site = found.site
+        site = found.lifted.site
         if site.signature in self.failures:
             return Skipped(site.name, site.shapes, SkipReason.LOWERING_FAILED, self.failures[site.signature])
-        rewrite_attention(found, self.config, sharing)
+        rewrite_attention(found.lifted, found.config, sharing, self.observed_rows)
         return Rewritten(site.name, site.shapes)
 
 
-def find_attention(node: Node, config: SparsePrefillConfig, known: LiftedMasks) -> LiftedSite | Skipped | None:
+class ConfiguredSite(NamedTuple):
+    """An attention, understood, and the settings of its layer."""
+
+    lifted: LiftedSite
+    config: SparsePrefillConfig
+
+
+class Layers:
+    """The attention layers of a graph, met in its order, and their settings."""
+
+    def __init__(self, config: SparsePrefillConfig) -> None:
+        self.config = config
+        self.num_met = 0
+        self.heads: dict[int, int] = {}
+
+    def configure(self, match: AttentionSite | Skipped) -> SparsePrefillConfig | None:
+        """Return the settings of the next attention, None if it stays dense."""
+        layer = number_layer(match.name, self.num_met)
+        self.num_met += 1
+        if isinstance(match, Skipped):
+            return None
+        self.heads[layer] = int(example_of(match.query).shape[1])
+        return config_for_layer(self.config, layer, self.heads[layer])
+
+    def check(self, graph_module: GraphModule) -> None:
+        """Check a policy against all that was met."""
+        if self.num_met == len(self.heads):  # of the skipped ones, the heads are not known
+            check_number_of_layers(self.config, self.heads, next(iter(self.heads.values()), 0), graph_module)
+
+
+def find_attention(
+    node: Node, config: SparsePrefillConfig, known: LiftedMasks, layers: Layers
+) -> ConfiguredSite | Skipped | None:
     """Return the attention that a node stands for, understood, or why it stays dense, or None for no attention."""
     match = match_attention(node, config)
-    if not isinstance(match, AttentionSite):
+    if match is None:
+        return None
+    of_layer = layers.configure(match)
+    if isinstance(match, Skipped):
         return match
+    if of_layer is None:
+        return Skipped(match.name, match.shapes, SkipReason.DENSE_LAYER)
     lifted = lift_site(match, config, known)
-    return lifted if isinstance(lifted, LiftedSite) else Skipped(match.name, match.shapes, *lifted)
+    if isinstance(lifted, LiftedSite):
+        return ConfiguredSite(lifted, of_layer)
+    return Skipped(match.name, match.shapes, *lifted)
 
 
 def find_signatures(graph_module: GraphModule, config: SparsePrefillConfig) -> list[object]:
     """Return the distinct signatures of the sites that the pass would rewrite, in the order of the graph."""
     known: LiftedMasks = {}
+    layers = Layers(config)
     nodes = (node for module in graph_modules(graph_module) for node in module.graph.nodes)
-    found = [find_attention(node, config, known) for node in nodes]
-    return list(dict.fromkeys(lifted.site.signature for lifted in found if isinstance(lifted, LiftedSite)))
+    found = [find_attention(node, config, known, layers) for node in nodes]
+    return list(dict.fromkeys(site.lifted.site.signature for site in found if isinstance(site, ConfiguredSite)))

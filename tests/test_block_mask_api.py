@@ -175,7 +175,7 @@ def draw_qkv(sizes: tuple[int, int, int, int, int], *, strided: bool, dtype: tor
 def test_select_blocks_passes_opcheck(sizes: tuple[int, int, int, int, int], strided: bool) -> None:
     query, key, value = draw_qkv(sizes, strided=strided, dtype=torch.float32)
     for gamma, max_budget, given_value in [(0.8, None, value), (0.8, 32, None), (1.0, None, value)]:
-        arguments = (query, key, given_value, 0.3, gamma, 0.1, 16, max_budget, 16, "flexprefill")
+        arguments = (query, key, given_value, 0.3, [gamma], 0.1, 16, max_budget, 16, 0, "flexprefill")
         torch.library.opcheck(torch.ops.flexprefill.select_blocks.default, arguments)
 
 
@@ -204,7 +204,7 @@ def test_strided_inputs_select_the_same(sizes: tuple[int, int, int, int, int]) -
 def select_with_op(query: Tensor, key: Tensor, value: Tensor | None) -> Tensor:
     """Return the selection of the op as a grid, (B, H, N, N) bool."""
     counts, indices, full_counts, full_indices = torch.ops.flexprefill.select_blocks(
-        query, key, value, 0.25, 0.4, 0.1, 0, None, 16, "flexprefill"
+        query, key, value, 0.25, [0.4], 0.1, 0, None, 16, 0, "flexprefill"
     )
     columns = torch.arange(indices.shape[-1])
     grid = torch.zeros(indices.shape, dtype=torch.bool)

@@ -9,6 +9,7 @@ import pytest
 
 from flexprefill_compile import InvalidOptionError, SparsePrefillConfig
 from flexprefill_compile.config import split_options
+from flexprefill_compile.registry import BUILT_IN
 
 
 @pytest.mark.parametrize(
@@ -32,8 +33,8 @@ from flexprefill_compile.config import split_options
         ("block_size", 8, "block_size must be a power of two from 16 to 512, got 8"),
         ("block_size", 1024, "block_size must be a power of two from 16 to 512, got 1024"),
         ("min_length", 0, "min_length must be None or a number of tokens, at least 1, got 0"),
-        ("estimator", "minference", "estimator must be one of flexprefill, got 'minference'"),
-        ("estimator", ["flexprefill"], "estimator must be one of flexprefill, got ['flexprefill']"),
+        ("estimator", "minference", f"estimator must be one of {', '.join(BUILT_IN)}, got 'minference'"),
+        ("estimator", ["flexprefill"], f"estimator must be one of {', '.join(BUILT_IN)}, got ['flexprefill']"),
         ("on_skip", "warn", "on_skip must be one of keep, raise, got 'warn'"),
     ],
 )
@@ -55,6 +56,9 @@ def test_the_defaults_are_the_papers() -> None:
         "max_mask_elements": 2**26,
         "check_masks": False,
         "estimator": "flexprefill",
+        "dense_last": 0,
+        "dense_layers": (),
+        "policy": None,
         "on_skip": "keep",
         "kernel_options": (),
     }

@@ -19,7 +19,7 @@ import flexprefill_compile.backend as backend_module
 from flexprefill_compile import SkipReason
 from flexprefill_compile.backend import FlexPrefillBackend
 from flexprefill_compile.passes import rewrite_attention
-from flexprefill_compile.passes.cpu_workarounds import KEEP_NAN
+from flexprefill_compile.passes.cpu_workarounds import KEEP_NAN, TEMPLATE_REPAIRS
 from flexprefill_compile.torch_internals import cpp_flex_attention_template
 
 EXACT: dict[str, Any] = OPTIONS | {"gamma": 1.0}
@@ -89,12 +89,12 @@ def test_2_the_repaired_product_is_generated_and_right(head_dim: int) -> None:
     assert "at::vec::transpose_mxn<float, TILE, TILE>" in "".join(code)
 
 
-def test_2_and_3_are_repaired_only_while_our_graphs_compile() -> None:
+def test_the_template_is_repaired_only_while_our_graphs_compile() -> None:
     template = cpp_flex_attention_template().CppFlexAttentionTemplate
-    methods = template.micro_gemm_define, template.codegen_softmax_fusion
+    methods = {name: getattr(template, name) for name in TEMPLATE_REPAIRS}
     with torch.no_grad():
         torch.compile(causal_attention, backend="flexprefill", options=EXACT)(*[torch.randn(1, 2, 100, 16)] * 3)
-    assert (template.micro_gemm_define, template.codegen_softmax_fusion) == methods
+    assert {name: getattr(template, name) for name in TEMPLATE_REPAIRS} == methods
 
 
 def test_3_the_template_loses_nan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,3 +113,31 @@ def test_3_the_template_loses_nan(monkeypatch: pytest.MonkeyPatch) -> None:
         repaired, code = run_and_get_code(compiled, query, key, value)
     assert repaired[0, 0, 40].isnan().all()
     assert all(replacement in "".join(code) for replacement in KEEP_NAN.values())
+
+
+def padded_attention(query: Tensor, key: Tensor, value: Tensor, is_token: Tensor) -> Tensor:
+    position = torch.arange(query.shape[2])
+    mask = (position <= position[:, None]) & is_token[:, None, None, :]
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+@pytest.mark.parametrize("is_repaired", [False, True])
+def test_4_captures_of_symbolic_size_do_not_compile(is_repaired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_repaired:
+        monkeypatch.delitem(TEMPLATE_REPAIRS, "__init__")
+    backend = FlexPrefillBackend()
+    compiled = torch.compile(padded_attention, backend=backend, options=EXACT, dynamic=True)
+    with torch.no_grad(), fresh_cache():
+        for length in (100, 131) if is_repaired else (100,):
+            inputs = [torch.randn(2, heads, length, 16) for heads in (4, 2, 2)]
+            is_token = torch.arange(length) >= torch.tensor([[30], [0]])
+            actual, expected = (function(*inputs, is_token)[1] for function in (compiled, padded_attention))
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert backend.report.sites[0].reason is (None if is_repaired else SkipReason.LOWERING_FAILED)
+
+
+def test_5_the_template_replaces_names_wherever_they_stand() -> None:
+    template = cpp_flex_attention_template().CppFlexAttentionTemplate
+    source = inspect.getsource(template.modification)
+    assert "output_code.replace(" in source
+    assert 'args.sizevars[name] = f"k{name}"' in source, "the repair's names don't go this way any more"

@@ -62,9 +62,8 @@ def test_gamma_1_equals_dense(head_dim: int, dtype: torch.dtype, block_size: int
 @pytest.mark.usefixtures("forbid_syncs")
 @pytest.mark.parametrize("length", [1000, 4096])
 def test_selection_never_waits_for_the_device(length: int) -> None:
-    config = SparsePrefillConfig()
     query, key, value = random_inputs(8, 2, length, 64, torch.bfloat16)
-    arguments = (0.125, config.gamma, config.tau, 256, 512, config.block_size, config.estimator)
+    arguments = (0.125, *SparsePrefillConfig(min_budget=256, max_budget=512).selection)
     tables = torch.ops.flexprefill.select_blocks(query, key, value, *arguments)  # raises if it waits
     assert all(table.is_cuda for table in tables)
 
@@ -90,7 +89,7 @@ def test_the_kernels_run_rather_than_plain_pytorch(monkeypatch: pytest.MonkeyPat
 
 def test_a_replayed_graph_selects_for_new_inputs() -> None:
     inputs = random_inputs(8, 2, 1000, 64, torch.bfloat16)
-    arguments = (0.125, 0.7, 0.1, 0, None, 64, "flexprefill")
+    arguments = (0.125, [0.7], 0.1, 0, None, 64, 0, "flexprefill")
     select = torch.ops.flexprefill.select_blocks
     select(*inputs, *arguments)  # compiles the kernels
     graph = torch.cuda.CUDAGraph()
@@ -108,7 +107,7 @@ def test_a_replayed_graph_selects_for_new_inputs() -> None:
 
 def test_memory_grows_linearly_under_a_ceiling() -> None:
     """Of the tables: twice the length takes twice the indices, not four times."""
-    arguments = (0.125, 0.95, 0.1, 0, 1024, 128, "flexprefill")
+    arguments = (0.125, [0.95], 0.1, 0, 1024, 128, 0, "flexprefill")
     elements = []
     for length in (8192, 16384):
         tables = torch.ops.flexprefill.select_blocks(*random_inputs(4, 2, length, 64, torch.bfloat16), *arguments)

@@ -18,7 +18,6 @@ from flexprefill_compile.backend import FlexPrefillBackend
 from flexprefill_compile.block_masks import record_densities
 from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass
-from flexprefill_compile.report import SkipReason
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -203,10 +202,7 @@ class Masked(nn.Module):
 @pytest.mark.parametrize("dynamic", [False, True])
 @torch.no_grad()
 def test_captures_of_every_kind_through_inductor(dynamic: bool) -> None:
-    """With dynamic shapes, inductor's C++ for captures with symbolic strides doesn't compile: the site stays dense."""
-    backend = FlexPrefillBackend()
-    options = OPTIONS | {"gamma": 1.0, "check_masks": True, "on_skip": "keep"}
-    call = torch.compile(Masked(), backend=backend, options=options, dynamic=dynamic)
+    call = compiled(Masked(), gamma=1.0, check_masks=True, dynamic=dynamic)
     for length in (100, 131) if dynamic else (100,):
         offset = 40
         q, k, v = (torch.randn(2, h, n, 16) for h, n in ((4, length), (2, length + offset), (2, length + offset)))
@@ -214,5 +210,27 @@ def test_captures_of_every_kind_through_inductor(dynamic: bool) -> None:
         pad[0, :30] = 0
         inputs = (q, k, v, pad, torch.tensor(offset), torch.rand(4))
         torch.testing.assert_close(call(*inputs), Masked()(*inputs), rtol=1e-4, atol=1e-4)
-    (site,) = backend.report.sites
-    assert site.reason is (SkipReason.LOWERING_FAILED if dynamic else None)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@torch.no_grad()
+def test_masked_llama_of_any_length_through_inductor(is_packed: bool) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"num_hidden_layers": 1})).eval()
+    call = compiled(model, gamma=1.0, check_masks=False, dynamic=True)
+    for number, length in enumerate((150, 211)):
+        is_token, arguments = mask_tokens(length, is_packed)
+        with torch.compiler.set_stance("default" if number == 0 else "fail_on_recompile"):
+            actual = call(tokens(2, length), **arguments).logits
+        expected = model(tokens(2, length), **arguments).logits
+        torch.testing.assert_close(actual[is_token], expected[is_token], rtol=1e-4, atol=1e-4)
+
+
+def mask_tokens(length: int, is_packed: bool) -> tuple[Tensor, dict[str, Any]]:
+    """Return which tokens are none of padding, and what tells the model so."""
+    mask = torch.ones(2, length, dtype=torch.long)
+    if is_packed:
+        position_ids = torch.cat([torch.arange(70), torch.arange(length - 70)]).expand(2, -1)
+        return mask.bool(), {"position_ids": position_ids, "use_cache": False}
+    mask[0, :37] = 0
+    return mask.bool(), {"attention_mask": mask}

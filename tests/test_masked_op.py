@@ -47,7 +47,7 @@ def test_op_passes_opcheck(call: masks.Call, softcap: float | None, biased: bool
     for gamma, max_budget, value in [(0.8, None, key), (0.8, 32, None), (1.0, None, key)]:
         torch.library.opcheck(
             SELECT,
-            (query, key, value, *facts, bias, 0.3, softcap, gamma, 0.1, 16, max_budget, BLOCK, "flexprefill"),
+            (query, key, value, *facts, bias, 0.3, softcap, [gamma], 0.1, 16, max_budget, BLOCK, 0, "flexprefill"),
         )
 
 
@@ -58,7 +58,7 @@ def test_tables_hold_the_selection_and_tell_full_blocks_apart(call: masks.Call, 
     config = SparsePrefillConfig(gamma=0.5, min_budget=0, block_size=BLOCK)
     selected = select_masked_prefill_blocks(query, key, None, facts, ScoreRule(0.3, 5.0), config)
     with record_densities() as densities:
-        tables = SELECT(query, key, None, *facts, None, 0.3, 5.0, 0.5, 0.1, 0, None, BLOCK, "flexprefill")
+        tables = SELECT(query, key, None, *facts, None, 0.3, 5.0, [0.5], 0.1, 0, None, BLOCK, 0, "flexprefill")
     for counts, indices, expected in [(*tables[:2], ~facts.certain), (*tables[2:], facts.certain)]:
         assert counts.dtype == indices.dtype == torch.int32
         is_used = torch.arange(indices.shape[-1]) < counts.unsqueeze(-1)
@@ -115,7 +115,7 @@ def test_scale_of_the_op_is_that_of_the_scores() -> None:
     query, key, facts = make_arguments(CALLS["padded"])
 
     def select(query: Tensor, scale: float) -> list[Tensor]:
-        return list(SELECT(query, key, None, *facts, None, scale, None, 0.5, 0.1, 0, None, BLOCK, "flexprefill"))
+        return list(SELECT(query, key, None, *facts, None, scale, None, [0.5], 0.1, 0, None, BLOCK, 0, "flexprefill"))
 
     twice, scaled, plain = select(query, 2.0), select(8 * query, 0.25), select(query, 0.25)
     assert all(torch.equal(left, right) for left, right in zip(twice, scaled, strict=True))

@@ -17,7 +17,8 @@ from flexprefill_compile.block_masks import representative
 from flexprefill_compile.block_masks.intervals import BlockBounds
 from flexprefill_compile.block_masks.layout import AttentionSizes, count_blocks
 from flexprefill_compile.block_masks.mask_facts import MaskFacts, describe_mask, representative_indices
-from flexprefill_compile.block_masks.masked_prefill import list_runs, select_masked_prefill_blocks
+from flexprefill_compile.block_masks.masked_flexprefill import list_runs
+from flexprefill_compile.block_masks.masked_prefill import select_masked_prefill_blocks
 from flexprefill_compile.block_masks.masked_representative import ScoreRule, compute_masked_attention
 from flexprefill_compile.block_masks.patterns import is_masked_query_aware
 from flexprefill_compile.block_masks.prefill import select_prefill_blocks

@@ -126,13 +126,16 @@ def test_thresholds_of_exact_masses_reach_gamma_with_the_fewest_entries(seed: in
         torch.ones(1, dtype=torch.int32, device=DEVICE),
         thresholds,
         last_ties,
+        mass,
         gamma,
         0,
         24,
+        1,
         TILE_ROWS=1,
         TILE_COLUMNS=16,
         SECTIONS=8,
         HAS_MAPS=False,
+        HAS_GAMMAS=False,
     )
     is_tie = mass == thresholds[..., None]
     selected = (mass > thresholds[..., None]) | (is_tie & (torch.arange(24, device=DEVICE) <= last_ties[..., None]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -76,7 +75,7 @@ def run_evaluate(
     print(summarise(comparisons))
     if json_path:
         settings = {"model": str(model_path), "device": device, "torch": torch.__version__, "seed": seed}
-        settings["configs"] = {name: dataclasses.asdict(config) for name, config in configs.items()}
+        settings["configs"] = {name: config.as_options() for name, config in configs.items()}
         figures = {"settings": settings, "comparisons": [comparison.as_dict() for comparison in comparisons]}
         json_path.write_text(json.dumps(figures, indent=1, default=str) + "\n")
 
@@ -143,12 +142,11 @@ class CompiledPrefill:
         torch.compiler.reset()
         self.backend = FlexPrefillBackend()
         self.density = 1.0
-        options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         # With dynamic=True torch would make the scale of attention symbolic too, find that out, and trace all again.
         self._is_dynamic = is_dynamic
         dynamic = None if is_dynamic else False
         self._compiled: Callable[..., Any] = torch.compile(
-            model, backend=self.backend, dynamic=dynamic, options=options
+            model, backend=self.backend, dynamic=dynamic, options=config.as_options()
         )
 
     @property
