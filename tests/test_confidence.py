@@ -88,7 +88,7 @@ def test_the_paired_interval_by_hand() -> None:
     dense, sparse = [True] * 36 + [False] * 14, [True] * 48 + [False] * 2
     interval = compute_share_interval(dense, sparse)
     first, second = compute_wilson_interval(48, 50), compute_wilson_interval(36, 50)
-    correlation = (36 * 2 - 0 * 12) / math.sqrt(48 * 2 * 36 * 14)
+    correlation = (36 * 2 - 0 * 12 - 50 / 2) / math.sqrt(48 * 2 * 36 * 14)
     up, down = 0.96 - first.low, second.high - 0.72
     assert interval.low == pytest.approx(0.24 - math.sqrt(up**2 - 2 * correlation * up * down + down**2))
     assert interval.low > 0

@@ -48,8 +48,8 @@ def compute_share_interval(dense: Sequence[bool], sparse: Sequence[bool], level:
     """Compute the interval of the difference of two shares, sparse minus dense, of the same samples.
 
     It has a width even if both agree on every sample. Newcombe 1998, "Improved confidence intervals for the difference
-    between binomial proportions based on paired data", method 10 without continuity correction: Wilson's intervals of
-    both shares, squared and added with their correlation.
+    between binomial proportions based on paired data", method 10: Wilson's intervals of both shares, squared and added
+    with their correlation, which is corrected for continuity where it is positive.
 
     Args:
         dense: Whether dense was right, one for each sample.
@@ -62,7 +62,9 @@ def compute_share_interval(dense: Sequence[bool], sparse: Sequence[bool], level:
     num_dense, num_sparse = sum(dense), sum(sparse)
     only_sparse, only_dense = num_sparse - both, num_dense - both
     margins = num_sparse * (count - num_sparse) * num_dense * (count - num_dense)
-    correlation = (both * neither - only_sparse * only_dense) / math.sqrt(margins) if margins else 0.0
+    agreement = both * neither - only_sparse * only_dense
+    agreement = max(agreement - count / 2, 0) if agreement > 0 else agreement
+    correlation = agreement / math.sqrt(margins) if margins else 0.0
     first, second = (compute_wilson_interval(number, count, level) for number in (num_sparse, num_dense))
     share, other = num_sparse / count, num_dense / count
     low = _add_squares(share - first.low, second.high - other, correlation)
