@@ -62,8 +62,8 @@ def compute_share_interval(dense: Sequence[bool], sparse: Sequence[bool], level:
     num_dense, num_sparse = sum(dense), sum(sparse)
     only_sparse, only_dense = num_sparse - both, num_dense - both
     margins = num_sparse * (count - num_sparse) * num_dense * (count - num_dense)
-    agreement = both * neither - only_sparse * only_dense
-    agreement = max(agreement - count / 2, 0) if agreement > 0 else agreement
+    agreement = float(both * neither - only_sparse * only_dense)
+    agreement = max(agreement - count / 2, 0.0) if agreement > 0 else agreement
     correlation = agreement / math.sqrt(margins) if margins else 0.0
     first, second = (compute_wilson_interval(number, count, level) for number in (num_sparse, num_dense))
     share, other = num_sparse / count, num_dense / count
