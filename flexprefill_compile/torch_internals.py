@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._dynamo import config as _dynamo_config
+from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 from torch._guards import tracing
 from torch._higher_order_ops.flex_attention import _permute_strides
@@ -52,6 +53,7 @@ __all__ = [
     "lay_out_as_query",
     "list_mode_options",
     "make_fx_under",
+    "maybe_mark_dynamic",
     "share_storage",
     "statically_known_true",
     "uncompiled_call",
