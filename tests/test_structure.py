@@ -58,8 +58,8 @@ def test_a_folder_can_not_be_imported_by_its_bare_name(folder: str, monkeypatch:
 
 
 def test_only_tests_import_the_oracle() -> None:
-    for file in ROOT.glob("[!.]*/*.py"):
-        if file.parent.name in ("flexprefill_compile", "passes", "block_masks"):
+    for folder in ("flexprefill_compile", "passes", "block_masks"):
+        for file in (ROOT / folder).rglob("*.py"):
             assert "block_masks.reference" not in file.read_text(), file.name
 
 
@@ -69,3 +69,10 @@ def test_every_folder_of_the_package_is_installed() -> None:
         f"flexprefill_compile.{file.parent.name}" for file in (ROOT / "flexprefill_compile").glob("*/__init__.py")
     }
     assert set(listed) == folders | {"flexprefill_compile", *(f"flexprefill_compile.{floor}" for floor in FLOORS)}
+
+
+def test_what_measures_quality_stands_on_the_compiler_and_not_the_other_way_round() -> None:
+    users = {file.stem for file in (ROOT / "flexprefill_compile").glob("*.py") if "quality" in imported_rooms(file)}
+    assert "__init__" in users
+    assert users.isdisjoint({*GROUND_FLOOR, "backend", "crossing", "decorator", "explain"})
+    assert (ROOT / "flexprefill_compile" / "quality").is_dir()
