@@ -156,6 +156,18 @@ def test_each_setting_is_measured_once(
     assert "words must be of 100000 tokens, got" in capsys.readouterr().err
 
 
+def test_a_window_has_budgets_but_no_gamma() -> None:
+    import pareto  # noqa: PLC0415
+
+    options = argparse.Namespace(
+        estimators=["streaming", "auto"], block_sizes=[64], gammas=[0.5, 0.9], min_budgets=[64]
+    )
+    listed = pareto.list_settings(options)
+    assert [setting for name, _, setting in listed if name == "auto"] == [(0.5, 64), (0.9, 64)]
+    assert len({gamma for name, _, (gamma, _) in listed if name == "streaming"}) == 1
+    assert [budget for name, _, (_, budget) in listed if name == "streaming"] == [64, *pareto.STREAMING_BUDGETS]
+
+
 def test_the_texts_have_names() -> None:
     import pareto  # noqa: PLC0415
 
