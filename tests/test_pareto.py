@@ -16,6 +16,7 @@ from test_cli import model_folder  # noqa: F401  (a fixture)
 
 from flexprefill_compile.block_masks.layout import unpack_blocks
 from flexprefill_compile.config import SparsePrefillConfig
+from flexprefill_compile.hf import load_model
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 
@@ -177,3 +178,8 @@ def test_the_texts_have_names() -> None:
     lengths = {name: int(pareto.read_text(tokenise, name, 10)[0]) for name in ("code", "python")}
     assert lengths["code"] == len(Path(argparse.__file__).read_text())
     assert lengths["python"] > 100_000
+
+
+def test_a_model_is_loaded_in_the_dtype_asked_for(model_folder: Path) -> None:  # noqa: F811
+    assert load_model(model_folder, "cpu")[0].dtype == torch.float32
+    assert load_model(model_folder, "cpu", torch.bfloat16)[0].dtype == torch.bfloat16
