@@ -68,12 +68,12 @@ class EstimatorInputs:
     @functools.cached_property
     def query_counts(self) -> Tensor:
         """(B|1, num_q_blocks, block_size) bool, the queries that count."""
-        return self._given_query_counts if self.facts is not None else self._inside(self.query)
+        return self._inside(self.query) if self.facts is None else self.facts.query_counts
 
     @functools.cached_property
     def key_counts(self) -> Tensor:
         """(B|1, num_k_blocks, block_size) bool, the keys that count."""
-        return self._given_key_counts if self.facts is not None else self._inside(self.key)
+        return self._inside(self.key) if self.facts is None else self.facts.key_counts
 
     def cap(self, scores: Tensor) -> Tensor:
         """Apply the softcap, in place, to scores that are scaled."""
@@ -101,7 +101,7 @@ class EstimatorInputs:
         def take(first: int, last: int) -> Tensor:
             chosen = index[:, first * rows_per_block : last * rows_per_block, None].unsqueeze(1)
             rows = self.query.gather(2, chosen.expand(*self.query.shape[:2], -1, self.query.shape[3]))
-            return rows.unflatten(2, (-1, rows_per_block))
+            return rows.view(*rows.shape[:2], -1, rows_per_block, rows.shape[3])
 
         keys = take_blocks(self.key, 0, self.grid.shape[-1], self.block_size).flatten(2, 3)
         columns = Columns(keys.to(self.product_dtype), self.key_counts.unsqueeze(-1))

@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from flexprefill_compile.block_masks.interval_rules import Interval, apply_rule, is_true
-from flexprefill_compile.block_masks.layout import AttentionSizes, count_blocks
+from flexprefill_compile.block_masks.layout import AttentionSizes, count_blocks, settle
 
 aten = torch.ops.aten
 CONJUNCTIONS = (aten.bitwise_and.Tensor, aten.logical_and.default)
@@ -210,10 +210,11 @@ def _rank_values(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         x.to(dtype).expand(batch, heads, -1, -1, -1, -1)
         for x in sorted((left, right), key=lambda x: bool(x.shape[KEY_AXIS] == 1))
     )
-    values = torch.cat([key.flatten(2), query.flatten(2)], dim=-1)
+    # Settled, because torch 2.11's inductor fails on a view of something computed at a shifted index, as in cat.
+    values = settle(torch.cat([settle(x.flatten(2)) for x in (key, query)], dim=-1))
     ordered, order = values.sort(dim=-1, stable=True)
     is_new = torch.nn.functional.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0), value=True)
     start = torch.where(is_new, torch.arange(values.shape[-1], device=values.device), 0).cummax(-1).values
-    numbers = torch.empty_like(order).scatter(-1, order, order.gather(-1, start))
+    numbers = settle(torch.empty_like(order).scatter(-1, order, order.gather(-1, start)))
     num_keys = key.shape[3] * key.shape[5]
     return numbers[..., :num_keys].view(key.shape), numbers[..., num_keys:].view(query.shape)

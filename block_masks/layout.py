@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,11 @@ class BlockTables(NamedTuple):
 def count_blocks(length: int, block_size: int) -> int:
     """Return how many blocks cover ``length`` tokens, the last one perhaps ragged."""
     return (length + block_size - 1) // block_size
+
+
+def settle(x: Tensor) -> Tensor:
+    """Copy, in a way that inductor doesn't see through: what is computed from the copy isn't fused with ``x``."""
+    return cast("Tensor", torch.ops.flexprefill.realize(x))
 
 
 def pool_blocks(x: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,8 @@ A key is *valid* if its own query sees it, in any head: padding is not. A *seque
 prompts are packed, a stretch of it: one begins at each valid key whose query does not see the key before it. Blocks
 belong to the sequence of their last valid token; only the tokens of that sequence *count*.
 
-Everything here is plain torch code of static shapes, made to be traced into a graph: O(block_size * S) work.
+Everything here is plain torch code of static shapes, made to be traced into a graph: O(block_size * S) work. Steps
+that read one another by index part at ``settle``: fused, they give index formulas that inductor simplifies for minutes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flexprefill_compile.block_masks.intervals import BlockBounds
-from flexprefill_compile.block_masks.layout import AttentionSizes
+from flexprefill_compile.block_masks.layout import AttentionSizes, settle
 
 
 class MaskFacts(NamedTuple):
@@ -89,8 +90,8 @@ def describe_mask(
     """
     batch, heads, num_q_blocks, num_k_blocks = bounds.possible.shape
     device = bounds.possible.device
-    key_positions = torch.arange(num_k_blocks * block_size, device=device).view(-1, block_size)
-    query_positions = torch.arange(num_q_blocks * block_size, device=device).view(-1, block_size)
+    key_positions = _list_positions(num_k_blocks, block_size, device)
+    query_positions = _list_positions(num_q_blocks, block_size, device)
 
     def see_one(query_index: Tensor, key_index: Tensor) -> Tensor:
         batch_index = torch.arange(batch, device=device).view(-1, 1, 1, 1)
@@ -104,15 +105,16 @@ def describe_mask(
     sequence = torch.zeros_like(is_valid, dtype=torch.int64)
     if is_packed:
         sees_previous = see_one(own_query, (key_index - 1).clamp(min=0))
-        sequence = (is_valid & ~sees_previous).flatten(1).cumsum(1).view_as(sequence)
-    sequence = torch.where(is_valid, sequence, -1)
+        sequence = settle(is_valid & ~sees_previous).flatten(1).cumsum(1).view_as(sequence)
+    sequence = settle(torch.where(is_valid, sequence, -1))
     # A block without a valid token goes on with the sequence before it.
     of_block = sequence.amax(-1).cummax(1).values if is_packed else sequence.amax((1, 2)).unsqueeze(-1)
-    keys = _Tokens(sequence, is_valid & (sequence == of_block.unsqueeze(-1)))
+    of_block = settle(of_block)
+    keys = _Tokens(sequence, settle((sequence >= 0) & (sequence == of_block.unsqueeze(-1))))
     queries = _take_queries(keys, query_positions, offset, sizes.query_length)
 
     last_row = _find_last_rows(queries, query_positions, of_block, is_packed)
-    rows = _list_rows(queries, last_row, of_block, block_size)
+    rows = settle(_list_rows(queries, last_row, of_block, block_size))
     batch_index, head_index, row_index, key_index = representative_indices(rows, batch, heads, sizes.key_length)
     visible = mask_mod(batch_index, head_index, row_index, key_index, *captures)
     row_mask = visible.expand(batch, heads, num_k_blocks, block_size, block_size)
@@ -150,13 +152,19 @@ def representative_indices(
     """
     block_size = rows.shape[-1]
     num_k_blocks = (key_length + block_size - 1) // block_size
-    keys = torch.arange(num_k_blocks * block_size, device=rows.device).clamp(max=key_length - 1)
+    keys = _list_positions(num_k_blocks, block_size, rows.device).clamp(max=key_length - 1)
     return (
         torch.arange(batch, device=rows.device).view(-1, 1, 1, 1, 1),
         torch.arange(heads, device=rows.device).view(-1, 1, 1, 1),
         rows.clamp(min=0)[:, None, :, :, None],
-        keys.view(num_k_blocks, 1, block_size),
+        keys.unsqueeze(1),
     )
+
+
+def _list_positions(num_blocks: int, block_size: int, device: torch.device) -> Tensor:
+    """Return the positions of the tokens of each block, (num_blocks, block_size); a view of all would add guards."""
+    first = torch.arange(num_blocks, device=device).unsqueeze(-1) * block_size
+    return first + torch.arange(block_size, device=device)
 
 
 def _take_queries(keys: _Tokens, positions: Tensor, offset: int | Tensor, length: int) -> _Tokens:
@@ -164,17 +172,17 @@ def _take_queries(keys: _Tokens, positions: Tensor, offset: int | Tensor, length
     exists = positions < length
     sequence, counts = (x.flatten(1) for x in keys)
     at = (positions + offset).clamp(max=sequence.shape[1] - 1)
-    return _Tokens(torch.where(exists, sequence[:, at], -1), exists & counts[:, at])
+    return _Tokens(settle(torch.where(exists, sequence[:, at], -1)), settle(exists & counts[:, at]))
 
 
 def _find_last_rows(queries: _Tokens, positions: Tensor, of_block: Tensor, is_packed: bool) -> Tensor:
     """Return the last valid row of each sequence, (B, N), -1 if it has none."""
     rows = torch.where(queries.sequence >= 0, positions, -1).flatten(1)
     if not is_packed:
-        return rows.amax(1, keepdim=True)
+        return settle(rows.amax(1, keepdim=True))
     by_sequence = rows.new_full((rows.shape[0], rows.shape[1] + 2), -1)
     by_sequence = by_sequence.scatter_reduce(1, queries.sequence.flatten(1) + 1, rows, "amax")
-    return by_sequence.gather(1, of_block + 1)
+    return settle(by_sequence.gather(1, of_block + 1))
 
 
 def _list_rows(queries: _Tokens, last_row: Tensor, of_block: Tensor, block_size: int) -> Tensor:

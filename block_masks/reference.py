@@ -68,11 +68,11 @@ def select_head(query: Tensor, key: Tensor, scale: float, config: SparsePrefillC
         scores = torch.zeros(num_blocks, num_blocks, dtype=torch.float64)
         for row in range(num_blocks):
             scores[row, : row + 1] = torch.softmax(pooled_key[: row + 1] @ pooled_query[row] * scale, 0)
-        chosen = fewest_reaching(scores.flatten().tolist(), config.gamma)
+        chosen = fewest_reaching(scores.flatten().tolist(), config.gammas[0])
         selected = {divmod(index, num_blocks) for index in chosen}
     else:
-        kept_columns = fewest_reaching(columns.tolist(), config.gamma)
-        kept_diagonals = fewest_reaching(diagonals.tolist(), config.gamma)
+        kept_columns = fewest_reaching(columns.tolist(), config.gammas[0])
+        kept_diagonals = fewest_reaching(diagonals.tolist(), config.gammas[0])
         scores = torch.zeros(num_blocks, num_blocks, dtype=torch.float64)
         selected = set()
         for row in range(num_blocks):
@@ -81,7 +81,7 @@ def select_head(query: Tensor, key: Tensor, scale: float, config: SparsePrefillC
                 if column in kept_columns or row - column in kept_diagonals:
                     selected.add((row, column))
 
-    if config.gamma == 1:
+    if min(config.gammas) == 1:
         selected = {(row, column) for row in range(num_blocks) for column in range(row + 1)}
 
     blocks = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)

@@ -9,6 +9,7 @@ What ``torch.compile(model, backend="flexprefill", options={"gamma": 0.9})`` doe
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,8 +17,8 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from flexprefill_compile.config import InvalidOptionError, SparsePrefillConfig, split_options
-from flexprefill_compile.crossing import settle_min_length
+from flexprefill_compile.config import DensityCeiling, InvalidOptionError, SparsePrefillConfig, split_options
+from flexprefill_compile.crossing import settle_ceiling, settle_min_length
 from flexprefill_compile.passes.cpu_workarounds import repaired_cpu_template
 from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass, find_signatures
 from flexprefill_compile.report import RewriteReport, Site, check_skips
@@ -25,7 +26,9 @@ from flexprefill_compile.torch_internals import (
     CONTROL_FLOW,
     GraphSnapshot,
     compile_with_inductor,
+    has_cuda_graphs,
     inductor_option_names,
+    is_flash_available,
     list_mode_options,
 )
 
@@ -70,7 +73,10 @@ class FlexPrefillBackend:
         config, config_patches = split_options(options, inductor_option_names())
         config = settle_min_length(config, example_inputs)
         config_patches = mode_patches(mode) | config_patches
-        compiled, sites = compile_graph(graph_module, example_inputs, config, config_patches, self.observed_rows)
+        ceiling = settle_ceiling(config, example_inputs, has_cuda_graphs=has_cuda_graphs(config_patches))
+        compiled, sites = compile_graph(
+            graph_module, example_inputs, config, config_patches, ceiling, self.observed_rows
+        )
         self.report = RewriteReport(self.report.sites + tuple(sites))
         return compiled
 
@@ -99,9 +105,12 @@ def compile_graph(
     example_inputs: Sequence[Any],
     config: SparsePrefillConfig,
     config_patches: dict[str, Any],
+    ceiling: DensityCeiling | None = None,
     observed_rows: int = 0,
 ) -> tuple[CompiledGraph, list[Site]]:
     """Rewrite a graph and compile it; attention that inductor fails on in its sparse form is left dense.
+
+    A ceiling on density and kernels that were chosen for the user are given up first.
 
     Returns:
         The compiled graph, and what became of each of its attention calls.
@@ -111,7 +120,7 @@ def compile_graph(
     def attempt(failures: Mapping[object, str], *, is_trial: bool = False) -> tuple[CompiledGraph, list[Site]]:
         if failures:  # not the first attempt
             snapshot.restore()
-        sparse_prefill = SparsePrefillPass(config, failures, observed_rows)
+        sparse_prefill = SparsePrefillPass(config, failures, ceiling, observed_rows)
         sparse_prefill(graph_module)
         if config.on_skip == "raise" and not is_trial:
             check_skips(sparse_prefill.sites)
@@ -124,6 +133,12 @@ def compile_graph(
         raise
     except Exception as error:
         snapshot.restore()
+        may_use_flash = config.kernel_backend == "auto" and is_flash_available()
+        if ceiling is not None or may_use_flash:
+            logger.warning("tried again without a ceiling on density and without flash-attn-4: %s", _summarise(error))
+            backend = "triton" if may_use_flash else config.kernel_backend
+            safer = dataclasses.replace(config, kernel_backend=backend)
+            return compile_graph(graph_module, example_inputs, safer, config_patches)
         signatures = find_signatures(graph_module, config)
         if not signatures:
             raise

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flexprefill_compile.config import InvalidOptionError, SparsePrefillConfig
+from flexprefill_compile.config import KERNEL_BACKENDS, InvalidOptionError, SparsePrefillConfig
 from flexprefill_compile.errors import UsageError
+
+INPUT_KINDS = ("structured", "random", "rotary", "real")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,18 +38,48 @@ def _create_parser() -> argparse.ArgumentParser:
     )
     tune.set_defaults(run=_run_tune)
     _add_shape(tune)
+    _add_bench(commands)
+    _add_model_bench(commands)
+    return parser
+
+
+def _add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
-        help="time the attention of one layer on a GPU, by stage, beside dense attention",
+        help="time the attention of one layer, by stage, beside dense attention",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     bench.set_defaults(run=_run_bench)
     _add_shape(bench)
+    bench.add_argument("--inputs", nargs="+", default=["structured", "random"], choices=INPUT_KINDS)
+    bench.add_argument("--model", type=Path, help="where real inputs come from, as for demo (SmolLM2-135M-Instruct)")
     bench.add_argument("--lengths", type=_positive, nargs="+", default=[8192, 32768, 131072], metavar="N")
     bench.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
-    bench.add_argument("--calls", type=_positive, default=15, metavar="N", help="timed calls of each kind")
+    bench.add_argument("--min-budget", type=int, default=SparsePrefillConfig.min_budget, metavar="N")
+    bench.add_argument("--max-budget", type=_positive, metavar="N", help="tokens of a row to compute at most")
+    bench.add_argument("--max-density", type=float, help="also time the call as it runs under this ceiling")
+    bench.add_argument("--kernel-backend", default=SparsePrefillConfig.kernel_backend, choices=KERNEL_BACKENDS)
+    bench.add_argument("--calls", type=_positive, default=15, metavar="N", help="timed calls of each kind, at most")
+    bench.add_argument("--peer", action="append", default=[], help="module:function to time beside ours, f(q, k, v)")
     bench.add_argument("--json", type=Path, help="a file for all figures")
-    return parser
+    bench.add_argument("--plot", type=Path, help="a file for a picture (extra 'plot')")
+
+
+def _add_model_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench-model",
+        help="time a Llama-shaped model with random weights to its first token, dense and sparse",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    bench.set_defaults(run=_run_model_bench)
+    _add_shape(bench, head_dim=False)
+    bench.add_argument("--layers", type=_positive, default=32, metavar="N")
+    bench.add_argument("--hidden", type=_positive, default=4096, metavar="N")
+    bench.add_argument("--intermediate", type=_positive, default=14336, metavar="N")
+    bench.add_argument("--vocabulary", type=_positive, default=128256, metavar="N")
+    bench.add_argument("--lengths", type=_positive, nargs="+", default=[8192, 32768, 131072], metavar="N")
+    bench.add_argument("--density", type=float, default=0.25, help="share of the causal blocks to compute")
+    bench.add_argument("--json", type=Path, help="a file for the figures")
 
 
 def _add_demo(commands: Any) -> None:
@@ -126,10 +158,11 @@ def _read_selection(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
-def _add_shape(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", default="cuda", help="cuda, or cpu for tune")
+def _add_shape(command: argparse.ArgumentParser, *, head_dim: bool = True) -> None:
+    command.add_argument("--device", default="cuda", help="cuda or cpu")
     command.add_argument("--heads", type=_positive, nargs=2, default=[32, 8], metavar=("QUERY", "KEY"))
-    command.add_argument("--head-dim", type=_positive, default=128, metavar="N")
+    if head_dim:
+        command.add_argument("--head-dim", type=_positive, default=128, metavar="N")
 
 
 def _run_tune(options: argparse.Namespace) -> None:
@@ -139,9 +172,44 @@ def _run_tune(options: argparse.Namespace) -> None:
 
 
 def _run_bench(options: argparse.Namespace) -> None:
-    from flexprefill_compile.bench import run_bench  # noqa: PLC0415  (imports inductor)
+    from flexprefill_compile.bench.run import BenchPlan, run_bench  # noqa: PLC0415  (imports inductor)
 
-    run_bench(options.lengths, options.heads, options.head_dim, options.gamma, options.calls, options.json)
+    config = SparsePrefillConfig(
+        gamma=options.gamma,
+        min_budget=options.min_budget,
+        max_budget=options.max_budget,
+        max_density=options.max_density,
+        kernel_backend=options.kernel_backend,
+    )
+    plan = BenchPlan(
+        device=options.device,
+        inputs=options.inputs,
+        lengths=options.lengths,
+        heads=options.heads,
+        head_dim=options.head_dim,
+        config=config,
+        calls=options.calls,
+        model=options.model,
+        peers=options.peer,
+        json_path=options.json,
+        plot_path=options.plot,
+    )
+    run_bench(plan)
+
+
+def _run_model_bench(options: argparse.Namespace) -> None:
+    from flexprefill_compile.bench.model import ModelShape  # noqa: PLC0415  (imports inductor)
+    from flexprefill_compile.bench.prefill import run_model_bench  # noqa: PLC0415
+
+    shape = ModelShape(
+        layers=options.layers,
+        hidden=options.hidden,
+        intermediate=options.intermediate,
+        heads=options.heads[0],
+        kv_heads=options.heads[1],
+        vocabulary=options.vocabulary,
+    )
+    run_model_bench(shape, options.lengths, options.density, options.device, options.json)
 
 
 def _run_demo(options: argparse.Namespace) -> None:

@@ -8,13 +8,22 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from flexprefill_compile.checks import InvalidOptionError, check, check_budgets, check_tau, is_integer, settle_gamma
+from flexprefill_compile.checks import (
+    InvalidOptionError,
+    check,
+    check_budgets,
+    check_tau,
+    is_integer,
+    is_number,
+    settle_gamma,
+)
 from flexprefill_compile.policy import Policy, settle_policy
 from flexprefill_compile.registry import Estimator, check_estimator, name_estimator
 
 __all__ = ["InvalidOptionError", "SparsePrefillConfig", "split_options"]
 
 ON_SKIP = ("keep", "raise")
+KERNEL_BACKENDS = ("auto", "triton", "flash")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +41,10 @@ class SparsePrefillConfig:
         block_size: Tokens to a side of a block: a power of two from 16 to 512.
         min_length: Prompts of fewer tokens keep dense attention. None is where sparse prefill starts to pay on the
             device, see ``crossing``.
+        max_density: Share of the causal blocks above which a call runs dense after all, in (0, 1], decided at run
+            time by reading one number from the device; 1 is never. None is what was measured for the device, see
+            ``crossing``. Given, it holds at every length, and ``min_length``, if None, is where reading costs nothing.
+            Plain causal attention only, and not under CUDA graphs, which can't decide.
         max_mask_elements: Attention under a mask tensor that the model is given, of more elements than this, stays
             dense. Masks that the model computes from positions and lengths are never read and have no limit.
         check_masks: Compare each mask with the formula it was turned into, at run time, and raise where they differ.
@@ -45,6 +58,9 @@ class SparsePrefillConfig:
         policy: Settings by layer, over those here: a ``Policy``, the path of its file, or None.
         on_skip: What to do about an attention call that has to stay dense: ``"keep"`` it and report it, or
             ``"raise"``. Decode steps and short prompts are dense by design and never raise.
+        kernel_backend: What FlexAttention runs on a GPU: its ``"triton"`` template, ``"flash"``, the kernels of
+            flash-attn-4, or ``"auto"``: flash where it is installed and fits. Asked for, calls that flash doesn't fit
+            stay dense, with the reason.
         kernel_options: FlexAttention's own, names and values, over those chosen here: a mapping, kept as its items.
 
     Raises:
@@ -57,6 +73,7 @@ class SparsePrefillConfig:
     max_budget: int | None = None
     block_size: int = 128
     min_length: int | None = None
+    max_density: float | None = None
     max_mask_elements: int = 2**26
     check_masks: bool = False
     estimator: str | Estimator = "flexprefill"
@@ -64,6 +81,7 @@ class SparsePrefillConfig:
     dense_layers: tuple[int, ...] = ()
     policy: Policy | str | Path | None = None
     on_skip: str = "keep"
+    kernel_backend: str = "auto"
     kernel_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -84,6 +102,12 @@ class SparsePrefillConfig:
             self.min_length is None or is_integer(self.min_length, 1),
         )
         check(
+            "max_density",
+            self.max_density,
+            "None or a share of the blocks in (0, 1]",
+            self.max_density is None or (is_number(self.max_density) and 0 < self.max_density <= 1),
+        )
+        check(
             "max_mask_elements",
             self.max_mask_elements,
             "a number of elements, at least 0",
@@ -98,6 +122,12 @@ class SparsePrefillConfig:
         check("dense_layers", self.dense_layers, "numbers of layers, each at least 0", are_layers)
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         object.__setattr__(self, "policy", settle_policy(self.policy))
+        check(
+            "kernel_backend",
+            self.kernel_backend,
+            f"one of {', '.join(KERNEL_BACKENDS)}",
+            self.kernel_backend in KERNEL_BACKENDS,
+        )
         items = self.kernel_options.items() if isinstance(self.kernel_options, Mapping) else self.kernel_options
         are_names = isinstance(items, Collection) and all(
             isinstance(item, tuple) and isinstance(item[0], str) for item in items
@@ -149,6 +179,19 @@ class SparsePrefillConfig:
             dense_last=dense_last,
             estimator=estimator,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class DensityCeiling:
+    """When plain causal attention that turns out not to be sparse runs dense.
+
+    Attributes:
+        max_density: The largest share of the causal blocks that runs sparse.
+        from_length: Shorter prompts, in tokens, run sparse whatever they select.
+    """
+
+    max_density: float
+    from_length: int
 
 
 def split_options(

@@ -1,7 +1,7 @@
 """The custom ops that appear in a rewritten graph: their schemas and fakes. Torch only, registered at import.
 
-The kernels are registered by ``block_masks/prefill.py``, ``block_masks/masked_prefill.py`` and
-``block_masks/observing.py`` and, for the CPU's ``realize``, here.
+The kernels are registered by ``block_masks/prefill.py``, ``block_masks/masked_prefill.py``,
+``block_masks/density_ceiling.py`` and ``block_masks/observing.py`` and, for the CPU's ``realize``, here.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 
+from flexprefill_compile.torch_internals import lay_out_as_query
+
 NAMESPACE = "flexprefill"
 SELECT_BLOCKS = f"{NAMESPACE}::select_blocks"
 SELECT_MASKED_BLOCKS = f"{NAMESPACE}::select_masked_blocks"
+IS_SPARSE = f"{NAMESPACE}::is_sparse"
+ATTEND_DENSELY = f"{NAMESPACE}::attend_densely"
 REALIZE = f"{NAMESPACE}::realize"
 CHECK_MASK = f"{NAMESPACE}::check_mask"
 OBSERVE = f"{NAMESPACE}::observe"
@@ -32,6 +36,16 @@ _library.define(
     "Tensor block_offset, Tensor offset, Tensor? score_bias, float scale, float? softcap, float[] gamma, float tau, "
     "int min_budget, int? max_budget, int block_size, int dense_last, str estimator) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    # Returns a bool on the CPU: the host decides, without a second read.
+    "is_sparse(Tensor kv_num_blocks, Tensor full_kv_num_blocks, SymInt length, float max_density, int from_length) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "attend_densely(Tensor query, Tensor key, Tensor value, float scale) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("realize(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -95,6 +109,17 @@ def _empty_tables(query: Tensor, num_q_blocks: int, width: int) -> tuple[Tensor,
     )
 
 
+def empty_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return room for the output of attention, laid out as FlexAttention does: axes in the query's order."""
+    return lay_out_as_query(query.new_empty((*query.shape[:-1], value.shape[-1])), query)
+
+
+def _fake_is_sparse(
+    kv_num_blocks: Tensor, full_kv_num_blocks: Tensor, length: int, max_density: float, from_length: int
+) -> Tensor:
+    return torch.empty((), dtype=torch.bool, device="cpu")
+
+
 def _fake_realize(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -139,7 +164,9 @@ def _check_mask(query: Tensor, mask: Tensor, visible: Tensor, bias: Tensor | Non
 torch.library.register_fake(CHECK_MASK, _fake_check_mask, lib=_library)
 torch.library.impl(CHECK_MASK, "CompositeExplicitAutograd", _check_mask, lib=_library)
 torch.library.register_fake(OBSERVE, _fake_observe, lib=_library)
+torch.library.register_fake(IS_SPARSE, _fake_is_sparse, lib=_library)
+torch.library.register_fake(ATTEND_DENSELY, empty_attention, lib=_library)
 torch.library.register_fake(SELECT_BLOCKS, _fake_select_blocks, lib=_library)
 torch.library.register_fake(SELECT_MASKED_BLOCKS, _fake_select_masked_blocks, lib=_library)
 torch.library.register_fake(REALIZE, _fake_realize, lib=_library)
-torch.library.impl(REALIZE, "CPU", _realize, lib=_library)
+torch.library.impl(REALIZE, "CompositeExplicitAutograd", _realize, lib=_library)

@@ -29,6 +29,7 @@ class SkipReason(enum.Enum):
     DTYPE = "dtype that FlexAttention doesn't take"
     DEVICE = "device other than CPU and CUDA"
     TENSOR_SUBCLASS = "a tensor subclass, or not known to be a tensor"
+    KERNEL = "kernel_backend is flash, which doesn't fit"
     LOWERING_FAILED = "inductor failed on the sparse form"
 
     @property

@@ -6,9 +6,10 @@ Checked on torch 2.11 to 2.14. What a new torch release moves or renames is repa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._dynamo import config as _dynamo_config
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 from torch._guards import tracing
+from torch._higher_order_ops.flex_attention import _permute_strides
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
@@ -44,7 +46,10 @@ __all__ = [
     "cpp_flex_attention_template",
     "flex_attention_hop",
     "guard_or_false",
+    "has_cuda_graphs",
     "inductor_option_names",
+    "is_flash_available",
+    "lay_out_as_query",
     "list_mode_options",
     "make_fx_under",
     "share_storage",
@@ -113,6 +118,11 @@ def inductor_option_names() -> frozenset[str]:
     return frozenset(inductor_config.get_config_copy())
 
 
+def has_cuda_graphs(config_patches: Mapping[str, Any]) -> bool:
+    """Tell whether inductor will replay what it compiles as CUDA graphs."""
+    return bool(config_patches.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
+
+
 def compile_with_inductor(
     graph_module: GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]
 ) -> Callable[..., Any]:
@@ -146,12 +156,16 @@ class GraphSnapshot:
 
     def __init__(self, graph_module: GraphModule) -> None:
         self._graphs = [
-            (module, _copy_graph(module.graph)) for module in graph_module.modules() if isinstance(module, GraphModule)
+            (module, _copy_graph(module.graph), {name for name, _ in module.named_children()})
+            for module in graph_module.modules()
+            if isinstance(module, GraphModule)
         ]
 
     def restore(self) -> None:
-        """Undo what happened to the graph and its child graphs; submodules that were added stay."""
-        for module, graph in self._graphs:
+        """Undo what happened to the graph and its child graphs, and drop the submodules that were added."""
+        for module, graph, children in self._graphs:
+            for name in [name for name, _ in module.named_children() if name not in children]:
+                delattr(module, name)
             module.graph = _copy_graph(graph)
             module.recompile()
 
@@ -170,6 +184,19 @@ def complete_kernel_options(options: dict[str, Any], query: Tensor, key: Tensor,
     with torch.no_grad():
         completed = _apply_kernel_options(query, key, value, return_lse=False, kernel_options=cast("Any", options))
     return dict(completed)
+
+
+def lay_out_as_query(output: Tensor, query: Tensor) -> Tensor:
+    """Copy an attention's output to the strides that FlexAttention gives it; empty ones cost nothing as fakes."""
+    return _permute_strides(output, query.stride())
+
+
+def is_flash_available() -> bool:
+    """Tell whether flash-attn-4 is installed, the way inductor's FlexAttention looks for it."""
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except ImportError:  # no flash_attn at all
+        return False
 
 
 def cpp_flex_attention_template() -> ModuleType:

@@ -14,8 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DENSE_BACKENDS = {
     "cpu": (SDPBackend.FLASH_ATTENTION,),
-    "cuda": (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),
+    "cuda": (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),  # the others are slower still
 }
+
+LONGEST_TIMING_MS = 5000
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -63,13 +65,19 @@ def time_dense_ms(query: Tensor, key: Tensor, value: Tensor, calls: int) -> dict
 
 
 def time_ms(run: Callable[[], object], device: str, calls: int) -> float:
-    """Return the median of ``calls`` timed calls, in milliseconds, after two that warm up.
+    """Return the median of up to ``calls`` timed calls, in milliseconds, after two that warm up.
+
+    Slow calls are timed less often, once at least: together they take about ``LONGEST_TIMING_MS``.
 
     On a GPU, of CUDA events around calls that are queued together, as the layers of a model queue theirs: the time of
     the device, or of the host where that is longer.
     """
     run()
+    start = time.perf_counter()
     run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    calls = max(1, min(calls, int(LONGEST_TIMING_MS / 1e3 / (time.perf_counter() - start))))
     if device == "cuda":
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
         torch.cuda.synchronize()

@@ -23,7 +23,7 @@ from flexprefill_compile.passes.operands import shares_memory
 from flexprefill_compile.passes.operations import edited_inputs
 from flexprefill_compile.passes.prefill_shapes import Refusal
 from flexprefill_compile.passes.split_scores import ScoreParts, split_logit, split_mask
-from flexprefill_compile.passes.trace import TracedValue, trace, trace_value
+from flexprefill_compile.passes.trace import TracedValue, bind_number, trace, trace_value
 from flexprefill_compile.report import SkipReason
 from flexprefill_compile.torch_internals import statically_known_true
 
@@ -161,14 +161,15 @@ def _check_block_size(mods: FlexMods, block_size: int) -> None:
 
 
 def _take_flex_apart(mods: FlexMods, site: AttentionSite) -> tuple[TracedValue, ScoreParts]:
-    captures = tuple(a for a in (*mods.score_captures, *mods.mask_captures) if isinstance(a, Node))
+    score_captures, mask_captures = (tuple(map(bind_number, c)) for c in (mods.score_captures, mods.mask_captures))
+    captures = tuple(a for a in (*score_captures, *mask_captures) if isinstance(a, Node))
     graph = Graph()
     leaves = {node: graph.placeholder(f"leaf_{number}") for number, node in enumerate(dict.fromkeys(captures))}
     for node, leaf in leaves.items():
         leaf.meta["val"] = example_of(node)
     traced = TracedValue(graph, tuple(leaves), tuple(leaves), {})
-    score = _lift_function(mods.score_mod, mods.score_captures, leaves, site, takes_score=True)
-    mask = _lift_function(mods.mask_mod, mods.mask_captures, leaves, site, takes_score=False)
+    score = _lift_function(mods.score_mod, score_captures, leaves, site, takes_score=True)
+    mask = _lift_function(mods.mask_mod, mask_captures, leaves, site, takes_score=False)
     parts = split_logit(score, torch.float32)
     if parts.mask is not None:
         raise NotLiftableError("the score_mod hides keys: make it a mask_mod")

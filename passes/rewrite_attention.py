@@ -12,7 +12,8 @@ and under a mask, whose facts are shared by its layers (share_masks.py),
     tables = flexprefill.select_masked_blocks(q, k, v, *facts, score_bias, scale, softcap, gamma, ...)
     out = flex_attention(q, k, v, score_mod, (Sq, Skv, *tables, ..., mask_mod), scale, ..., captures, captures)[0]
 
-The mask_mod runs on every block not proven full, so the result is exact attention over the selected blocks.
+Under a ceiling on density, plain causal attention chooses at run time (ceiling_branches.py). The mask_mod runs on every
+block not proven full, so the result is exact attention over the selected blocks.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from torch.utils._pytree import tree_map_only
 
 from flexprefill_compile.block_masks.layout import BlockTables
 from flexprefill_compile.block_masks.prefill import causal_mask, create_block_mask
-from flexprefill_compile.config import SparsePrefillConfig
+from flexprefill_compile.config import DensityCeiling, SparsePrefillConfig
 from flexprefill_compile.passes.attention_site import AttentionSite, Logits, Masked, example_of
+from flexprefill_compile.passes.ceiling_branches import insert_choice
 from flexprefill_compile.passes.cpu_workarounds import realize_on_cpu
+from flexprefill_compile.passes.kernel_options import choose_kernel_options
 from flexprefill_compile.passes.lift_mask import INDEX_NAMES
 from flexprefill_compile.passes.lift_site import LiftedSite
 from flexprefill_compile.passes.share_masks import MaskSharing
@@ -42,8 +45,6 @@ Insert = Callable[..., Node]
 # Fixed names, because inductor's caches key on them.
 MASK_MODULE = "flexprefill_causal_mask"
 SCORE_MODULE = "flexprefill_identity_score"
-# Above it, tiles of several pipeline stages outgrow the shared memory of a GPU.
-LARGEST_PIPELINED_ROW_BYTES = 512
 
 
 class _Selection(NamedTuple):
@@ -67,7 +68,11 @@ class _Selection(NamedTuple):
 
 
 def rewrite_attention(
-    lifted: LiftedSite, config: SparsePrefillConfig, sharing: MaskSharing, observed_rows: int = 0
+    lifted: LiftedSite,
+    config: SparsePrefillConfig,
+    sharing: MaskSharing,
+    ceiling: DensityCeiling | None = None,
+    observed_rows: int = 0,
 ) -> None:
     """Replace the attention of a site by its sparse form, in place.
 
@@ -75,6 +80,7 @@ def rewrite_attention(
         lifted: A match, understood.
         config: What to select.
         sharing: Of the site's own graph module, which gains the mask_mod and the score_mod as submodules.
+        ceiling: When plain causal attention runs dense after all.
         observed_rows: How many of its rows ``observe_attention`` is to see; 0 is not to observe it.
     """
     site = lifted.site
@@ -85,7 +91,7 @@ def rewrite_attention(
             inputs[0] = sharing.check_mask(lifted, inputs[0], inputs[1], site.scores.mask)
         select = _select_causal if lifted.is_plain else _select_masked
         selection = select(insert, lifted, config, sharing, inputs)
-        attention = _insert_attention(sharing, lifted, inputs, selection, config)
+        attention = _insert_attention(sharing, lifted, inputs, selection, config, ceiling)
         output = insert(operator.getitem, attention, 0)
         output = realize_on_cpu(insert, output, example_of(output).device)
         if observed_rows:
@@ -157,7 +163,12 @@ def _unpack(insert: Insert, tables: Node) -> tuple[Node, ...]:
 
 
 def _insert_attention(
-    sharing: MaskSharing, lifted: LiftedSite, inputs: list[Node], selection: _Selection, config: SparsePrefillConfig
+    sharing: MaskSharing,
+    lifted: LiftedSite,
+    inputs: list[Node],
+    selection: _Selection,
+    config: SparsePrefillConfig,
+    ceiling: DensityCeiling | None,
 ) -> Node:
     """Insert FlexAttention over the selected blocks; return the node of (output, logsumexp, ...).
 
@@ -171,14 +182,16 @@ def _insert_attention(
         tables, examples[0].shape[-2], examples[1].shape[-2], config.block_size
     ).as_tuple()
     block_mask = (*selection.lengths, *(nodes.get(id(entry), entry) for entry in entries), selection.mask)
-    options = complete_kernel_options(_choose_kernel_options(lifted, config, *examples[1:]), *examples)
-    attention = sharing.graph.call_function(
-        flex_attention_hop,
-        (
-            *(*inputs, selection.score, block_mask, lifted.parts.scale, options),
-            *(selection.score_captures, selection.mask_captures),
-        ),
+    options = complete_kernel_options(choose_kernel_options(config, *examples, is_plain=lifted.is_plain), *examples)
+    arguments: tuple[Any, ...] = (
+        *(*inputs, selection.score, block_mask, lifted.parts.scale, options),
+        *(selection.score_captures, selection.mask_captures),
     )
+    if ceiling is not None and lifted.is_plain:
+        operands = [*inputs, *selection.tables]
+        attention = insert_choice(sharing.module, operands, arguments, selection.lengths[0], ceiling)
+    else:
+        attention = sharing.graph.call_function(flex_attention_hop, arguments)
     query, value = examples[0], examples[2]
     attention.meta = lifted.site.node.meta | {"example_value": (query.new_empty(*query.shape[:-1], value.shape[-1]),)}
     return attention
@@ -255,26 +268,3 @@ def _make_score_mod(parts: ScoreParts, num_captures: int) -> GraphModule:
         score = graph.call_function(torch.ops.aten.add.Tensor, (score, bias))
     graph.output(score)
     return GraphModule({}, graph)
-
-
-def _choose_kernel_options(
-    lifted: LiftedSite, config: SparsePrefillConfig, key: Tensor, value: Tensor
-) -> dict[str, Any]:
-    """Return FlexAttention's kernel options: never its decoding kernel, tiles no larger than a mask block.
-
-    The user's ``kernel_options`` come last and win.
-    """
-    options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
-    if key.is_cuda and lifted.is_plain:  # every row meets itself on the diagonal, so that none is masked out altogether
-        options["ROWS_GUARANTEED_SAFE"] = True
-    row_bytes = max(key.shape[-1], value.shape[-1]) * key.element_size()
-    tile = min(config.block_size, 128)
-    if key.is_cuda and row_bytes <= 256 and tile >= 64 and torch.cuda.get_device_capability(key.device)[0] == 9:
-        # On an H200, 32k tokens, 25 % of the blocks, head dimension 128: 452 TFLOP/s, 387 with inductor's own choice;
-        # with blocks of 64, 418 against 398 without TMA. PRESCALE_QK gains less than the spread, and rounds.
-        options |= {"BLOCK_M": tile, "BLOCK_N": tile, "num_warps": tile // 16, "num_stages": 3, "USE_TMA": True}
-    elif tile < 128:  # inductor's own choice of tiles assumes mask blocks of 128
-        options |= {"BLOCK_M": tile, "BLOCK_N": tile}
-        if row_bytes > LARGEST_PIPELINED_ROW_BYTES:
-            options["num_stages"] = 1
-    return options | dict(config.kernel_options)

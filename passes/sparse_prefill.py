@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch.fx import GraphModule, Node
 
-from flexprefill_compile.config import SparsePrefillConfig
+from flexprefill_compile.config import DensityCeiling, SparsePrefillConfig
 from flexprefill_compile.passes.attention_site import AttentionSite, example_of
 from flexprefill_compile.passes.base import GraphPass, graph_modules
+from flexprefill_compile.passes.kernel_options import refuse_flash
 from flexprefill_compile.passes.layer_config import check_number_of_layers, config_for_layer, number_layer
 from flexprefill_compile.passes.lift_site import LiftedMasks, LiftedSite, lift_site
 from flexprefill_compile.passes.match_attention import match_attention
@@ -25,15 +27,23 @@ class SparsePrefillPass(GraphPass):
         sites: After the run, what became of each attention call.
     """
 
-    def __init__(self, config: SparsePrefillConfig, failures: Mapping[object, str], observed_rows: int = 0) -> None:
+    def __init__(
+        self,
+        config: SparsePrefillConfig,
+        failures: Mapping[object, str],
+        ceiling: DensityCeiling | None = None,
+        observed_rows: int = 0,
+    ) -> None:
         """Take what to do.
 
         Args:
             config: What to select.
             failures: The signatures that inductor could not lower, with its error: they stay dense.
+            ceiling: When plain causal attention runs dense after all.
             observed_rows: How many rows of each rewritten attention are to be observed.
         """
         self.config = config
+        self.ceiling = ceiling
         self.failures = failures
         self.observed_rows = observed_rows
         self.sites: list[Site] = []
@@ -55,7 +65,7 @@ class SparsePrefillPass(GraphPass):
         site = found.lifted.site
         if site.signature in self.failures:
             return Skipped(site.name, site.shapes, SkipReason.LOWERING_FAILED, self.failures[site.signature])
-        rewrite_attention(found.lifted, found.config, sharing, self.observed_rows)
+        rewrite_attention(found.lifted, found.config, sharing, self.ceiling, self.observed_rows)
         return Rewritten(site.name, site.shapes)
 
 
@@ -102,9 +112,21 @@ def find_attention(
     if of_layer is None:
         return Skipped(match.name, match.shapes, SkipReason.DENSE_LAYER)
     lifted = lift_site(match, config, known)
-    if isinstance(lifted, LiftedSite):
-        return ConfiguredSite(lifted, of_layer)
-    return Skipped(match.name, match.shapes, *lifted)
+    if not isinstance(lifted, LiftedSite):
+        return Skipped(match.name, match.shapes, *lifted)
+    refusal = _refuse_kernel(lifted, of_layer)
+    if refusal is not None:
+        return Skipped(match.name, match.shapes, SkipReason.KERNEL, refusal)
+    return ConfiguredSite(lifted, of_layer)
+
+
+def _refuse_kernel(lifted: LiftedSite, config: SparsePrefillConfig) -> str | None:
+    """Return why a site can't have the kernel that was asked for."""
+    if config.kernel_backend != "flash":
+        return None
+    query, key, value = (example_of(x) for x in (lifted.site.query, lifted.site.key, lifted.site.value))
+    query = torch.empty_like(query, dtype=lifted.site.dtype)  # as autocast casts it
+    return refuse_flash(config, query, key, value, is_plain=lifted.is_plain)
 
 
 def find_signatures(graph_module: GraphModule, config: SparsePrefillConfig) -> list[object]:

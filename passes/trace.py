@@ -140,9 +140,23 @@ def ancestors_of(*nodes: Node) -> set[Node]:
 
 
 def trace(graph: Graph, function: Callable[..., Any], *examples: Any) -> GraphModule:
-    """Trace a function into ATen ops, on the examples and in the fake mode of a dynamo graph."""
+    """Trace a function into ATen ops, on the examples and in the fake mode of a dynamo graph.
+
+    Raises:
+        TypeError: An example is a plain number. It would become a symbol that comes from nowhere, in the symbols of
+            the model, and dynamo can't write a guard on such a one: ``bind_number`` gives what to trace with instead.
+    """
+    if numbers := [example for example in examples if isinstance(example, int | float)]:
+        raise TypeError(f"examples must be tensors or symbols, got {numbers}")
     fake_mode = next(e.fake_mode for node in graph.nodes if isinstance(e := example_of(node), FakeTensor))
     return make_fx_under(fake_mode, function, *examples)
+
+
+def bind_number(argument: Any) -> Any:
+    """Return the number that a node stands for, if dynamo knows it; everything else as it is."""
+    if isinstance(argument, Node) and isinstance(example_of(argument), int | float):
+        return example_of(argument)
+    return argument
 
 
 def inline(graph: Graph, function: Callable[..., Any], arguments: Sequence[Any]) -> list[Node]:
@@ -156,6 +170,7 @@ def inline(graph: Graph, function: Callable[..., Any], arguments: Sequence[Any])
     Returns:
         The nodes of what it returns.
     """
+    arguments = [bind_number(argument) for argument in arguments]
     nodes = [argument for argument in arguments if isinstance(argument, Node)]
 
     def call(*values: Any) -> tuple[Any, ...]:

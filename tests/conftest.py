@@ -12,6 +12,7 @@ import torch
 if not torch.cuda.is_available():  # Triton's kernels run in its interpreter; it looks when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from flexprefill_compile import registry
 from flexprefill_compile.backend import flexprefill
 
 # What CI says of a change should not depend on the draw.
@@ -26,5 +27,8 @@ def fresh_dynamo() -> Iterator[None]:
     torch.compiler.reset()
     flexprefill.reset()  # dynamo forgets backends that were reset before
     torch._dynamo.utils.counters.clear()
+    registered = dict(registry._registered)
     yield
+    registry._registered.clear()
+    registry._registered.update(registered)
     torch.compiler.reset()

@@ -35,6 +35,9 @@ from flexprefill_compile.registry import BUILT_IN
         ("min_length", 0, "min_length must be None or a number of tokens, at least 1, got 0"),
         ("estimator", "minference", f"estimator must be one of {', '.join(BUILT_IN)}, got 'minference'"),
         ("estimator", ["flexprefill"], f"estimator must be one of {', '.join(BUILT_IN)}, got ['flexprefill']"),
+        ("max_density", 0, "max_density must be None or a share of the blocks in (0, 1], got 0"),
+        ("max_density", 1.5, "max_density must be None or a share of the blocks in (0, 1], got 1.5"),
+        ("kernel_backend", "cutlass", "kernel_backend must be one of auto, triton, flash, got 'cutlass'"),
         ("on_skip", "warn", "on_skip must be one of keep, raise, got 'warn'"),
     ],
 )
@@ -53,6 +56,7 @@ def test_the_defaults_are_the_papers() -> None:
         "max_budget": None,
         "block_size": 128,
         "min_length": None,
+        "max_density": None,
         "max_mask_elements": 2**26,
         "check_masks": False,
         "estimator": "flexprefill",
@@ -60,6 +64,7 @@ def test_the_defaults_are_the_papers() -> None:
         "dense_layers": (),
         "policy": None,
         "on_skip": "keep",
+        "kernel_backend": "auto",
         "kernel_options": (),
     }
 

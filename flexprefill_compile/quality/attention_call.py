@@ -51,7 +51,7 @@ class CallMeasurement(NamedTuple):
         error: (H,), of the output on the counted rows.
         density: (H,), share computed of the blocks that dense attention computes, mean over prompts.
         is_counted: (B, R) bool, false for rows that are padding or see no key.
-        picture: Of the head of least recall in the first prompt.
+        picture: Of the head of least recall, in the first prompt.
     """
 
     recall: Tensor
@@ -98,7 +98,7 @@ def measure_call(call: ObservedAttention, block_size: int) -> CallMeasurement:
     if call.facts is not None:
         is_counted = is_counted & call.facts.query_counts.flatten(1)[:, call.rows]
     totals = (squares * is_counted[:, None, :, None]).sum((0, 2))
-    worst = _find_worst_head(recall[0], is_counted[0])
+    worst = _find_worst_head(recall, is_counted)
     return CallMeasurement(
         recall=recall.cpu(),
         error=(totals[:, 0] / totals[:, 1]).sqrt().cpu(),
@@ -120,8 +120,8 @@ def measure_density(call: ObservedAttention) -> Tensor:
 
 
 def _find_worst_head(recall: Tensor, is_counted: Tensor) -> int:
-    weights = is_counted.to(recall.dtype)
-    return int(((recall * weights).sum(-1) / weights.sum().clamp(min=1)).argmin())
+    """Return the head of least mean recall: (B, H, R) and (B, R)."""
+    return int((recall * is_counted.unsqueeze(1)).sum((0, 2)).argmin())
 
 
 def _measure_rows(call: ObservedAttention, selected: Tensor, prompt: int, kv_head: int, block_size: int) -> _Rows:
@@ -143,7 +143,7 @@ def _measure_rows(call: ObservedAttention, selected: Tensor, prompt: int, kv_hea
         by_block = sum_blocks(attention, block_size)
         dense = attention @ value
         squares = torch.stack([(output - dense).square().sum(-1), dense.square().sum(-1)], dim=-1)
-        recall = (by_block * selected[prompt, heads, rows]).sum(-1)
+        recall = (by_block * selected[prompt, heads, rows]).sum(-1).clamp(max=1)
         parts.append(_Rows(recall, squares, by_block, sees))
     return _Rows(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))
 
@@ -170,6 +170,7 @@ def _look(call: ObservedAttention, prompt: int, heads: slice, rows: slice, posit
 
 def _take(x: Tensor, prompt: int, heads: slice, rows: slice) -> Tensor:
     """Cut one prompt, some heads and some rows out of what broadcasts to (B, H, R, N)."""
+    x = x[(None,) * (4 - x.dim())]
     x = x[prompt if x.shape[0] > 1 else 0]
     x = x[heads] if x.shape[0] > 1 else x
     return x[:, rows] if x.shape[1] > 1 else x

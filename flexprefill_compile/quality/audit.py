@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from flexprefill_compile.block_masks import create_prefill_block_mask
 from flexprefill_compile.block_masks.observing import ObservedAttention
 from flexprefill_compile.config import SparsePrefillConfig, split_options
+from flexprefill_compile.passes.layer_config import config_for_layer, number_layer
 from flexprefill_compile.quality.attention_call import BlockPicture, CallMeasurement, measure_call
 from flexprefill_compile.quality.audit_report import AuditReport, CallAudit, HeadAudit
 from flexprefill_compile.quality.observe import prefill_observed
@@ -66,12 +66,17 @@ def audit(
         num_tokens=prompt.tokens.shape[1],
         num_prompts=prompt.tokens.shape[0],
         num_rows=min(rows, prompt.tokens.shape[1]),
-        options={name: value for name, value in dataclasses.asdict(config).items() if name in options},
+        options={name: value if _is_plain(value) else str(value) for name, value in options.items()},
         num_attention_calls=len(sparse.report.sites),
         predictions=compare_predictions(dense_logits, sparse.logits, prompt.tokens, prompt.is_counted),
         calls=tuple(auditor.calls),
         pictures=tuple(auditor.pictures),
     )
+
+
+def _is_plain(value: object) -> bool:
+    """Tell whether JSON gives a value back as it is."""
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 class _Auditor:
@@ -85,10 +90,12 @@ class _Auditor:
 
     def __call__(self, call: ObservedAttention) -> None:
         self.say(f"attention call {len(self.calls) + 1}: {call.name}")
-        measured = measure_call(call, self.config.block_size)
-        patterns = find_patterns(call, self.config)
+        layer = number_layer(call.name, len(self.calls))
+        config = config_for_layer(self.config, layer, call.query.shape[1]) or self.config
+        measured = measure_call(call, config.block_size)
+        patterns = find_patterns(call, config)
         heads = tuple(_describe_head(measured, head, *pattern) for head, pattern in enumerate(patterns))
-        self.calls.append(CallAudit(call.name, heads, measure_shorter_prompts(call, self.config)))
+        self.calls.append(CallAudit(call.name, heads, measure_shorter_prompts(call, config)))
         self.pictures.append(measured.picture)
 
 

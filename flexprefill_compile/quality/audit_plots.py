@@ -17,6 +17,7 @@ try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ModuleNotFoundError as error:
     raise UsageError(f"plots need {error.name}, of the extra 'plot': pip install 'flexprefill-compile[plot]'") from None
 
@@ -60,12 +61,14 @@ def draw_heads(report: AuditReport) -> Figure:
         colours = {"vmin": 0, "cmap": "viridis"} if field == "density" else {"cmap": "magma"}
         image = axes.imshow(values.numpy(), vmax=1, aspect="auto", interpolation="nearest", **colours)
         axes.set(title=title, xlabel="head", ylabel="attention call")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes)
     return figure
 
 
 def draw_blocks(report: AuditReport) -> Figure:
-    """Draw where the heads of least recall look, and shade the blocks that they leave out."""
+    """Draw where the heads of least recall look: in blue what is computed, in red what is left out."""
     pictures = sorted(report.pictures, key=lambda picture: _recall(report, picture))[:PICTURES]
     figure = _create_figure(11, 5 * ((len(pictures) + 1) // 2))
     for axes, picture in zip(figure.subplots(-(-len(pictures) // 2), 2, squeeze=False).flat, pictures, strict=False):
@@ -103,11 +106,14 @@ def _recall(report: AuditReport, picture: BlockPicture) -> float:
 def _draw_picture(figure: Figure, axes: Any, picture: BlockPicture, recall: float) -> None:
     last_row, num_blocks = int(picture.rows[-1]) + 1, picture.attention.shape[1]
     extent = (0, num_blocks * picture.block_size, last_row, 0)
-    placing = {"extent": extent, "aspect": "auto", "interpolation": "nearest"}
-    attention = picture.attention.masked_fill(picture.attention < LEAST_SHARE, torch.nan)
-    image = axes.imshow(attention.numpy(), norm=LogNorm(LEAST_SHARE, 1), cmap="viridis", **placing)
-    is_left_out = ~picture.is_selected & (picture.attention > 0)
-    red = torch.ones(is_left_out.shape).masked_fill(~is_left_out, torch.nan)
-    axes.imshow(red.numpy(), cmap="Reds", vmin=0, vmax=1, alpha=0.45, **placing)
+    placing: dict[str, Any] = {"extent": extent, "aspect": "auto", "interpolation": "nearest"}
+    drawn = picture.attention >= LEAST_SHARE
+    norm = LogNorm(LEAST_SHARE, 1)
+    for is_shown, colours, label in (
+        (~picture.is_selected, "Reds", "attention of a block left out"),
+        (picture.is_selected, "Blues", "attention of a block computed"),
+    ):
+        shares = picture.attention.masked_fill(~(drawn & is_shown), torch.nan)
+        image = axes.imshow(shares.numpy(), norm=norm, cmap=colours, **placing)
+        figure.colorbar(image, ax=axes, label=label, pad=0.02)
     axes.set(title=f"{picture.name}, head {picture.head}: recall {recall:.3f}", xlabel="key", ylabel="query")
-    figure.colorbar(image, ax=axes, label="attention of a block; red: left out")

@@ -75,7 +75,7 @@ class AuditReport:
         num_tokens: Tokens a prompt.
         num_prompts: Prompts of the batch.
         num_rows: Query rows of each head on which recall and error are exact.
-        options: Fields of SparsePrefillConfig that were set.
+        options: What was given to ``torch.compile``; as text where it is no number, text or truth value.
         num_attention_calls: Of the model, rewritten or not.
         predictions: What became of the model's predictions.
         calls: The rewritten attention calls, in the order they ran.

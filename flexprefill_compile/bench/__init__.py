@@ -1,0 +1,1 @@
+"""``flexprefill bench`` and ``flexprefill bench-model``: what sparse prefill costs and gains."""

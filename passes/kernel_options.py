@@ -1,0 +1,84 @@
+"""FlexAttention's options for a device: which of its kernels, and in which tiles. Chosen from measurements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexprefill_compile.config import SparsePrefillConfig
+from flexprefill_compile.torch_internals import is_flash_available
+
+# Above it, tiles of several pipeline stages outgrow the shared memory of a GPU.
+LARGEST_PIPELINED_ROW_BYTES = 512
+HOPPER, BLACKWELL = 9, 10
+# What flash-attn-4's kernels were seen to take: bfloat16, 128 wide, on Hopper. Its own lists say the rest.
+FLASH_CAPABILITIES = {"auto": (HOPPER,), "flash": (HOPPER, BLACKWELL)}
+FLASH_HEAD_DIMS = (64, 128)
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+FLASH_BLOCK_SIZE = 128
+
+
+def choose_kernel_options(
+    config: SparsePrefillConfig, query: Tensor, key: Tensor, value: Tensor, *, is_plain: bool
+) -> dict[str, Any]:
+    """Return FlexAttention's kernel options: never its decoding kernel, tiles no larger than a mask block.
+
+    The user's ``kernel_options`` come last and win.
+
+    Args:
+        config: Of the selection.
+        query: The example of (B, H, Sq, D).
+        key: The example of (B, Hkv, Skv, D).
+        value: The example of (B, Hkv, Skv, Dv).
+        is_plain: Whether the attention is causal and nothing else.
+    """
+    own = dict(config.kernel_options)
+    if refuse_flash(config, query, key, value, is_plain=is_plain) is None:
+        return {"BACKEND": "FLASH"} | own
+    # The two say the same, and FlexAttention takes no more than one of them.
+    options: dict[str, Any] = {} if "BACKEND" in own else {"FORCE_USE_FLEX_ATTENTION": True}
+    if key.is_cuda and is_plain:  # every row meets itself on the diagonal, so that none is masked out altogether
+        options["ROWS_GUARANTEED_SAFE"] = True
+    row_bytes = max(key.shape[-1], value.shape[-1]) * key.element_size()
+    tile = min(config.block_size, 128)
+    if key.is_cuda and row_bytes <= 256 and tile >= 64 and torch.cuda.get_device_capability(key.device)[0] == HOPPER:
+        # On an H200, 32k tokens, 25 % of the blocks, head dimension 128: 452 TFLOP/s, 387 with inductor's own choice;
+        # with blocks of 64, 418 against 398 without TMA. PRESCALE_QK gains less than the spread, and rounds.
+        options |= {"BLOCK_M": tile, "BLOCK_N": tile, "num_warps": tile // 16, "num_stages": 3, "USE_TMA": True}
+    elif tile < 128:  # inductor's own choice of tiles assumes mask blocks of 128
+        options |= {"BLOCK_M": tile, "BLOCK_N": tile}
+        if row_bytes > LARGEST_PIPELINED_ROW_BYTES:
+            options["num_stages"] = 1
+    return options | own
+
+
+def refuse_flash(  # noqa: PLR0911  (one for each reason)
+    config: SparsePrefillConfig, query: Tensor, key: Tensor, value: Tensor, *, is_plain: bool
+) -> str | None:
+    """Return why flash-attn-4's kernels are not to run an attention, or None if they are. Arguments as above."""
+    wanted = config.kernel_backend
+    head_dims = {int(query.shape[-1]), int(value.shape[-1])}
+    if wanted == "triton":
+        return "kernel_backend is triton"
+    if wanted == "auto" and config.kernel_options:
+        return "kernel_options are given, which are the Triton template's"
+    if not query.is_cuda:
+        return f"device {query.device.type}"
+    if not is_flash_available():
+        return "flash-attn-4 is not installed: pip install 'flexprefill-compile[flash]'"
+    capability = torch.cuda.get_device_capability(query.device)[0]
+    if capability not in FLASH_CAPABILITIES[wanted]:
+        return f"a GPU of compute capability {capability}"
+    if not is_plain:
+        return "a mask or bias other than causal"
+    if config.block_size != FLASH_BLOCK_SIZE:
+        return f"block_size {config.block_size}, not {FLASH_BLOCK_SIZE}"
+    if config.max_budget is not None:
+        return "max_budget, which narrows the tables"
+    if query.dtype not in FLASH_DTYPES:
+        return f"dtype {query.dtype}"
+    if len(head_dims) > 1 or not head_dims <= set(FLASH_HEAD_DIMS):
+        return f"head dimensions {sorted(head_dims)}, not one of {list(FLASH_HEAD_DIMS)}"
+    return None
