@@ -30,6 +30,7 @@ from flexprefill_compile.hf import DEFAULT_TEXTS, load_model, read_tokens
 from flexprefill_compile.quality.measure import TextMeasurer, select_tables
 
 ESTIMATORS = ("auto", "flexprefill", "xattention", "sampled", "streaming", "oracle")
+STREAMING_BUDGETS = (256, 512, 1024, 2048)  # its window is all that it has
 # Below it, ratios differ by what float32 leaves open.
 TOLERANCE = 2e-4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -111,9 +112,7 @@ def measure_points(
     measurers = {select: TextMeasurer(model, [tokens], select) for select in (select_tables, select_by_oracle)}
     measurers[select_by_oracle].dense = measurers[select_tables].dense
     have = {_identify(point) for point in known}
-    for estimator, block_size, gamma, budget in itertools.product(
-        options.estimators, options.block_sizes, options.gammas, options.min_budgets
-    ):
+    for estimator, block_size, (gamma, budget) in list_settings(options):
         point = Point(
             text=source,
             tokens=tokens.shape[1],
@@ -136,6 +135,21 @@ def measure_points(
         point = dataclasses.replace(point, density=density, ratio=math.exp(increase))
         print(point, file=sys.stderr)
         yield point
+
+
+def list_settings(options: argparse.Namespace) -> list[tuple[str, int, tuple[float, int]]]:
+    """Return estimator, block size, gamma and min_budget of each point; the default gamma where it plays no part."""
+    settings = {
+        "streaming": [
+            (SparsePrefillConfig.gamma, budget) for budget in sorted({*options.min_budgets, *STREAMING_BUDGETS})
+        ],
+    }
+    others = list(itertools.product(options.gammas, options.min_budgets))
+    return [
+        (estimator, block_size, setting)
+        for estimator, block_size in itertools.product(options.estimators, options.block_sizes)
+        for setting in settings.get(estimator, others)
+    ]
 
 
 def _identify(point: Point) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import torch
 from test_cli import model_folder, one_sentence  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from flexprefill_compile.block_masks.layout import BlockTables, create_causal_grid, pack_causal_blocks
 from flexprefill_compile.cli import main
@@ -144,6 +144,18 @@ def test_attention_is_swapped_by_layer(model: LlamaForCausalLM, text: Tensor) ->
         prefill_dense(model, Prompt((text,), {"attention_mask": torch.ones_like(text).tril(-1)}))
     assert layers == [0, 1, 2]  # masked attention stays as it is
     assert heads == {0: 4, 1: 4, 2: 4}
+
+
+def test_layers_with_a_window_are_written_as_dense(text: Tensor) -> None:
+    # The shapes and the scale of the Llama's attention, which is compiled already.
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 16, "query_pre_attn_scalar": 16}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+    config = Gemma3TextConfig(vocab_size=64, num_hidden_layers=2, **sizes, **kinds)
+    found = run(Gemma3ForCausalLM(config).eval(), text, max_runs=0)
+    assert found.policy.model.num_layers == 2
+    assert found.policy.of_layer(0) == LayerPolicy(dense=True)
+    assert list(found.densities) == [1]
 
 
 @pytest.mark.parametrize("length", [64, 77])

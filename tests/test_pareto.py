@@ -16,6 +16,7 @@ from test_cli import model_folder  # noqa: F401  (a fixture)
 
 from flexprefill_compile.block_masks.layout import unpack_blocks
 from flexprefill_compile.config import SparsePrefillConfig
+from flexprefill_compile.hf import load_model
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 
@@ -156,6 +157,18 @@ def test_each_setting_is_measured_once(
     assert "words must be of 100000 tokens, got" in capsys.readouterr().err
 
 
+def test_a_window_has_budgets_but_no_gamma() -> None:
+    import pareto  # noqa: PLC0415
+
+    options = argparse.Namespace(
+        estimators=["streaming", "auto"], block_sizes=[64], gammas=[0.5, 0.9], min_budgets=[64]
+    )
+    listed = pareto.list_settings(options)
+    assert [setting for name, _, setting in listed if name == "auto"] == [(0.5, 64), (0.9, 64)]
+    assert len({gamma for name, _, (gamma, _) in listed if name == "streaming"}) == 1
+    assert [budget for name, _, (_, budget) in listed if name == "streaming"] == [64, *pareto.STREAMING_BUDGETS]
+
+
 def test_the_texts_have_names() -> None:
     import pareto  # noqa: PLC0415
 
@@ -165,3 +178,8 @@ def test_the_texts_have_names() -> None:
     lengths = {name: int(pareto.read_text(tokenise, name, 10)[0]) for name in ("code", "python")}
     assert lengths["code"] == len(Path(argparse.__file__).read_text())
     assert lengths["python"] > 100_000
+
+
+def test_a_model_is_loaded_in_the_dtype_asked_for(model_folder: Path) -> None:  # noqa: F811
+    assert load_model(model_folder, "cpu")[0].dtype == torch.float32
+    assert load_model(model_folder, "cpu", torch.bfloat16)[0].dtype == torch.bfloat16

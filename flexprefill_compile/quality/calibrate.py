@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ from flexprefill_compile.errors import UsageError
 from flexprefill_compile.policy import LayerPolicy, ModelShape, Policy
 from flexprefill_compile.quality.ladder import Levels, Measurement, Search
 from flexprefill_compile.quality.measure import TextMeasurer
-from flexprefill_compile.quality.run_log import RunLog, describe_inputs, hash_of
+from flexprefill_compile.quality.run_log import RunLog, describe_code, describe_inputs, hash_of
 
 # gamma and min_budget of each rung, cheap ones first; dense attention is the rung above them.
 RUNGS = (
@@ -84,6 +83,7 @@ def calibrate(
         raise UsageError("calibrate must be given a text, got none")
     for number, text in enumerate(texts, start=1):
         check_text(text, f"text {number}", config.block_size)
+
     measurer = TextMeasurer(model, texts)
     layers, heads = measurer.dense.plain_layers, measurer.dense.heads
     parts = [layers[start : start + layers_at_once] for start in range(0, len(layers), layers_at_once)]
@@ -92,7 +92,7 @@ def calibrate(
         LayerPolicy(dense=True),
     ]
     log = RunLog(runs_path)
-    inputs = [*describe_inputs(model, list(texts)), config.block_size, version("flexprefill-compile")]
+    inputs = [*describe_inputs(model, list(texts)), list(config.selection), describe_code()]
 
     def measure(levels: Levels) -> Measurement:
         setting = _spread(parts, [ladder[level] for level in levels])
@@ -103,24 +103,28 @@ def calibrate(
         if known is None:
             log.add(key, readable, result)
         if on_run:
-            best = search.best[1]
-            fits = result.loss_increase <= search.max_increase and result.cost < best.cost
-            on_run(len(search.measured), known is not None, result, result if fits else best)
+            on_run(len(search.measured), known is not None, result, search.better_of(result))
         return result
 
     search = Search(measure, len(parts), len(ladder), math.log1p(max_loss_increase), max_runs)
     levels, best = search.run()
-    # Attention that can't be measured here is not made sparse by the policy either.
-    chosen = {layer: LayerPolicy(dense=True) for layer in heads} | _spread(parts, [ladder[level] for level in levels])
-    shape = ModelShape(architecture=type(model).__name__, num_layers=max(heads) + 1, num_heads=heads[layers[0]])
-    shares = [cost * len(layers) / len(part) for part, cost in zip(parts, best.costs, strict=True)]
     return Calibration(
-        policy=Policy(shape, chosen),
+        policy=_create_policy(model, heads, _spread(parts, [ladder[level] for level in levels])),
         perplexity_ratio=math.exp(best.loss_increase),
         density=best.cost,
-        densities=_spread(parts, shares),
+        densities=_spread(
+            parts, [cost * len(layers) / len(part) for part, cost in zip(parts, best.costs, strict=True)]
+        ),
         num_runs=len(search.measured) - 1,
     )
+
+
+def _create_policy(model: nn.Module, heads: dict[int, int], chosen: dict[int, LayerPolicy]) -> Policy:
+    """Return the policy; attention that can't be measured here is not made sparse by it either."""
+    shape = ModelShape(
+        architecture=type(model).__name__, num_layers=max(heads) + 1, num_heads=heads[next(iter(chosen))]
+    )
+    return Policy(shape, {layer: LayerPolicy(dense=True) for layer in heads} | chosen)
 
 
 def check_bound(max_loss_increase: float) -> None:

@@ -87,6 +87,12 @@ class Search:
         fitting = (item for item in self.measured.items() if item[1].loss_increase <= self.max_increase)
         return min(fitting, key=lambda item: (item[1].cost, item[0]))
 
+    def better_of(self, measurement: Measurement) -> Measurement:
+        """Return the best so far once a measurement under way counts too."""
+        best = self.best[1]
+        fits = measurement.loss_increase <= self.max_increase and measurement.cost < best.cost
+        return measurement if fits else best
+
     def _uniform(self, rung: int) -> Levels:
         return (rung,) * self.num_parts
 

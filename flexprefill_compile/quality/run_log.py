@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flexprefill_compile import block_masks
 from flexprefill_compile.errors import UsageError
 from flexprefill_compile.quality.ladder import Measurement
 
@@ -85,3 +86,9 @@ def describe_inputs(model: nn.Module, texts: list[Tensor]) -> list[Any]:
     weights = [(name, list(x.shape), str(x.dtype), x.double().sum().item()) for name, x in model.named_parameters()]
     device = str(next(model.parameters()).device.type)
     return [type(model).__name__, device, hash_of(weights), [hash_of(text.tolist()) for text in texts]]
+
+
+def describe_code() -> str:
+    """Return what tells two versions of the code that chooses blocks apart."""
+    files = sorted(Path(str(block_masks.__file__)).parent.glob("*.py"))
+    return hash_of([file.read_text(encoding="utf-8") for file in files])
