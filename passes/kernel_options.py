@@ -54,7 +54,7 @@ def choose_kernel_options(
     return options | own
 
 
-def refuse_flash(  # noqa: PLR0911  (one for each reason)
+def refuse_flash(
     config: SparsePrefillConfig, query: Tensor, key: Tensor, value: Tensor, *, is_plain: bool
 ) -> str | None:
     """Return why flash-attn-4's kernels are not to run an attention, or None if they are. Arguments as above."""
