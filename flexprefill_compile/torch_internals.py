@@ -79,6 +79,8 @@ class PassesThroughDynamo(ShortenTraceback):
 
 compiler_config: Any = _compiler_config  # torch adds its ``patch`` at run time, where mypy can't see it
 
+MARKED_CACHEABLE = "unsafe_marked_cacheable_functions"
+
 # How dynamo steers a compile, and errors meant for the user: never a failed lowering.
 CONTROL_FLOW = (RestartAnalysis, SkipFrame, PassesThroughDynamo)
 
@@ -128,7 +130,14 @@ def has_cuda_graphs(config_patches: Mapping[str, Any]) -> bool:
 def compile_with_inductor(
     graph_module: GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Compile a dynamo graph as ``backend="inductor"`` does."""
+    """Compile a dynamo graph as ``backend="inductor"`` does, and cache it even if it chooses between branches.
+
+    Inductor's caches refuse graphs with ``torch.cond`` that isn't marked, though their keys see what the branches hold.
+    """
+    has_branches = any(node.target is torch.ops.higher_order.cond for node in graph_module.graph.nodes)
+    if has_branches and hasattr(inductor_config, MARKED_CACHEABLE):
+        marked = getattr(inductor_config, MARKED_CACHEABLE) | {"torch.ops.higher_order.cond": "its branches are hashed"}
+        config_patches = {MARKED_CACHEABLE: marked} | config_patches
     return cast("Callable[..., Any]", compile_fx(graph_module, example_inputs, config_patches=config_patches))
 
 
