@@ -35,6 +35,10 @@ def _create_parser() -> argparse.ArgumentParser:
     demo.add_argument("--text", type=Path, help="a text file (licence texts of this machine)")
     demo.add_argument("--tokens", type=_positive, default=8192, metavar="N", help="tokens of the text, at most")
     demo.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
+    demo.add_argument(
+        "--min-budget", type=int, default=SparsePrefillConfig.min_budget, metavar="N", help="tokens a row, at least"
+    )
+    demo.add_argument("--estimator", default=SparsePrefillConfig.estimator, help="how blocks are chosen")
     demo.add_argument("--device", default="cpu", help="cpu or cuda")
     demo.add_argument("--rounds", type=_positive, default=3, metavar="N", help="timed prefills of each kind, in turn")
     tune = commands.add_parser(
@@ -87,7 +91,12 @@ def _run_demo(options: argparse.Namespace) -> None:
         model_path=options.model,
         text_path=options.text,
         max_tokens=options.tokens,
-        config=SparsePrefillConfig(gamma=options.gamma, min_length=min(options.tokens, 4096)),
+        config=SparsePrefillConfig(
+            gamma=options.gamma,
+            min_budget=options.min_budget,
+            estimator=options.estimator,
+            min_length=min(options.tokens, 4096),
+        ),
         device=options.device,
         rounds=options.rounds,
     )
