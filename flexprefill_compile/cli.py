@@ -93,7 +93,7 @@ def _add_demo(commands: Any) -> None:
     )
     demo.set_defaults(run=_run_demo)
     _add_prompt(demo)
-    demo.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
+    _add_selection(demo)
     demo.add_argument("--rounds", type=_positive, default=3, metavar="N", help="timed prefills of each kind, in turn")
 
 
@@ -260,7 +260,7 @@ def _run_demo(options: argparse.Namespace) -> None:
         model_path=options.model,
         text_path=options.text,
         max_tokens=options.tokens,
-        config=SparsePrefillConfig(gamma=options.gamma, min_length=min(options.tokens, 4096)),
+        config=SparsePrefillConfig(**_read_selection(options), min_length=min(options.tokens, 4096)),
         device=options.device,
         rounds=options.rounds,
     )
