@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexprefill_compile.quality.ladder import AdditiveModel, Levels, Measure, Measurement, Search
+from flexprefill_compile.quality.additive_model import AdditiveModel, Levels
+from flexprefill_compile.quality.ladder import Measure, Measurement, Search
 
 NUM_RUNGS = 5
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.errors import UsageError
 from flexprefill_compile.policy import LayerPolicy, ModelShape, Policy
-from flexprefill_compile.quality.ladder import Levels, Measurement, Search
+from flexprefill_compile.quality.additive_model import Levels
+from flexprefill_compile.quality.ladder import Measurement, Search
 from flexprefill_compile.quality.measure import TextMeasurer
 from flexprefill_compile.quality.run_log import RunLog, describe_code, describe_inputs, hash_of
 
