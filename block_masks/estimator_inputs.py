@@ -107,24 +107,6 @@ class EstimatorInputs:
         columns = Columns(keys.to(self.product_dtype), self.key_counts.unsqueeze(-1))
         return compute_block_shares(self, Rows(take, number, positions), columns, self.scale)
 
-    def share_of_groups(self, tokens: int) -> Tensor:
-        """Return the attention of mean queries to mean keys, of neighbouring tokens, averaged by query block.
-
-        Args:
-            tokens: How many are averaged at a time, a divisor of the block size.
-
-        Returns:
-            As ``share_of_rows``.
-        """
-        counts = self.query_counts.unflatten(-1, (-1, tokens))
-        queries = self._pool(self.query, self._given_query_counts, tokens)
-        groups = self.block_size // tokens
-        queries = pad_tokens(queries, self.grid.shape[-2] * groups).unflatten(2, (-1, groups))
-        keys = pad_tokens(self._pool(self.key, self._given_key_counts, tokens), self.grid.shape[-1] * groups)
-        rows = Rows(lambda first, last: queries[:, :, first:last], counts.sum(-1), self.end_of_groups(tokens))
-        columns = Columns(keys.to(self.product_dtype), self.key_counts.unflatten(-1, (groups, -1)))
-        return compute_block_shares(self, rows, columns, self.scale)
-
     def end_of_groups(self, tokens: int) -> Tensor:
         """Return the last query of each group of a block, (1, num_q_blocks, groups)."""
         ends = torch.arange(tokens - 1, self.grid.shape[-2] * self.block_size, tokens, device=self.grid.device)

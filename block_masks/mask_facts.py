@@ -99,8 +99,9 @@ def describe_mask(
         visible = mask_mod(batch_index, head_index, query_index, key_index, *captures)
         return visible.expand(batch, heads, num_k_blocks, block_size).any(1)
 
-    own_query = (key_positions - offset).clamp(0, sizes.query_length - 1)
-    key_index = key_positions.clamp(max=sizes.key_length - 1)
+    # Settled: of clamped positions that index a capture, inductor's C++ may check the bounds before it computes them.
+    own_query = settle((key_positions - offset).clamp(0, sizes.query_length - 1))
+    key_index = settle(key_positions.clamp(max=sizes.key_length - 1))
     is_valid = see_one(own_query, key_index) & (key_positions < sizes.key_length)
     sequence = torch.zeros_like(is_valid, dtype=torch.int64)
     if is_packed:
@@ -152,7 +153,7 @@ def representative_indices(
     """
     block_size = rows.shape[-1]
     num_k_blocks = (key_length + block_size - 1) // block_size
-    keys = _list_positions(num_k_blocks, block_size, rows.device).clamp(max=key_length - 1)
+    keys = settle(_list_positions(num_k_blocks, block_size, rows.device).clamp(max=key_length - 1))
     return (
         torch.arange(batch, device=rows.device).view(-1, 1, 1, 1, 1),
         torch.arange(heads, device=rows.device).view(-1, 1, 1, 1),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flexprefill_compile.config import KERNEL_BACKENDS, InvalidOptionError, SparsePrefillConfig
 from flexprefill_compile.errors import UsageError
+from flexprefill_compile.tasks.registry import TASKS
 
 INPUT_KINDS = ("structured", "random", "rotary", "real")
 
@@ -31,6 +33,7 @@ def _create_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_audit(commands)
     _add_calibrate(commands)
+    _add_evaluate(commands)
     tune = commands.add_parser(
         "tune",
         help="measure from what length on sparse prefill pays on this machine",
@@ -90,7 +93,7 @@ def _add_demo(commands: Any) -> None:
     )
     demo.set_defaults(run=_run_demo)
     _add_prompt(demo)
-    demo.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
+    _add_selection(demo)
     demo.add_argument("--rounds", type=_positive, default=3, metavar="N", help="timed prefills of each kind, in turn")
 
 
@@ -129,6 +132,27 @@ def _add_calibrate(commands: Any) -> None:
     calibrate.add_argument("--device", default="cpu", help="cpu or cuda")
 
 
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="long-context tasks on a real model, prefilled dense and sparse, side by side",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    evaluate.set_defaults(run=_run_evaluate)
+    evaluate.add_argument("--model", type=Path, help="a Hugging Face folder or a GGUF file (SmolLM2-135M-Instruct)")
+    evaluate.add_argument("--device", default="cpu", help="cpu or cuda")
+    evaluate.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)}")
+    evaluate.add_argument(
+        "--lengths", type=_positive, nargs="+", default=[2048, 4096, 8192], metavar="N", help="tokens, with the answer"
+    )
+    evaluate.add_argument("--samples", type=_positive, default=16, metavar="N", help="of each task at each length")
+    evaluate.add_argument("--estimators", nargs="+", default=[SparsePrefillConfig.estimator], metavar="NAME")
+    _add_selection(evaluate, has_estimator=False)
+    evaluate.add_argument("--min-length", type=_positive, default=1, metavar="N", help="shorter prompts stay dense")
+    evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="other samples for other seeds")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="a file for all figures")
+
+
 def _add_prompt(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model", type=Path, help="a Hugging Face model folder or a GGUF file (SmolLM2-135M-Instruct)"
@@ -138,7 +162,7 @@ def _add_prompt(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="cpu or cuda")
 
 
-def _add_selection(command: argparse.ArgumentParser) -> None:
+def _add_selection(command: argparse.ArgumentParser, *, has_estimator: bool = True) -> None:
     """Add fields of SparsePrefillConfig; those that are not given keep their defaults."""
     numbers: tuple[tuple[str, type, str], ...] = (
         ("--gamma", float, "share of attention to reach"),
@@ -148,7 +172,8 @@ def _add_selection(command: argparse.ArgumentParser) -> None:
     )
     for name, kind, text in numbers:
         command.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar="N", help=text)
-    command.add_argument("--estimator", default=argparse.SUPPRESS, metavar="NAME", help="how blocks are chosen")
+    if has_estimator:
+        command.add_argument("--estimator", default=argparse.SUPPRESS, metavar="NAME", help="how blocks are chosen")
     command.add_argument("--policy", default=argparse.SUPPRESS, metavar="FILE", help="settings by layer, as JSON")
 
 
@@ -212,30 +237,38 @@ def _run_model_bench(options: argparse.Namespace) -> None:
     run_model_bench(shape, options.lengths, options.density, options.device, options.json)
 
 
+def _run_evaluate(options: argparse.Namespace) -> None:
+    with _extra_hf("evaluate"):
+        from flexprefill_compile.tasks.evaluate import run_evaluate  # noqa: PLC0415  (needs the extra "hf")
+    fields = _read_selection(options) | {"min_length": options.min_length}
+    run_evaluate(
+        model_path=options.model,
+        device=options.device,
+        tasks=options.tasks,
+        lengths=options.lengths,
+        count=options.samples,
+        seed=options.seed,
+        configs={name: SparsePrefillConfig(**(fields | {"estimator": name})) for name in options.estimators},
+        json_path=options.json,
+    )
+
+
 def _run_demo(options: argparse.Namespace) -> None:
-    try:
+    with _extra_hf("the demo"):
         from flexprefill_compile.demo import run_demo  # noqa: PLC0415  (needs the extra "hf")
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"the demo needs {error.name}, of the extra 'hf': pip install 'flexprefill-compile[hf]'"
-        ) from None
     run_demo(
         model_path=options.model,
         text_path=options.text,
         max_tokens=options.tokens,
-        config=SparsePrefillConfig(gamma=options.gamma, min_length=min(options.tokens, 4096)),
+        config=SparsePrefillConfig(**_read_selection(options), min_length=min(options.tokens, 4096)),
         device=options.device,
         rounds=options.rounds,
     )
 
 
 def _run_audit(options: argparse.Namespace) -> None:
-    try:
+    with _extra_hf("audit"):
         from flexprefill_compile.quality.audit_command import run_audit  # noqa: PLC0415  (needs the extra "hf")
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"audit needs {error.name}, of the extra 'hf': pip install 'flexprefill-compile[hf]'"
-        ) from None
     run_audit(
         model_path=options.model,
         text_path=options.text,
@@ -266,6 +299,16 @@ def _run_calibrate(options: argparse.Namespace) -> None:
         max_runs=options.max_runs,
         device=options.device,
     )
+
+
+@contextmanager
+def _extra_hf(command: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{command} needs {error.name}, of the extra 'hf': pip install 'flexprefill-compile[hf]'"
+        ) from None
 
 
 def _positive(text: str) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._dynamo import config as _dynamo_config
+from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 from torch._guards import tracing
 from torch._higher_order_ops.flex_attention import _permute_strides
@@ -52,6 +53,7 @@ __all__ = [
     "lay_out_as_query",
     "list_mode_options",
     "make_fx_under",
+    "maybe_mark_dynamic",
     "share_storage",
     "statically_known_true",
     "uncompiled_call",
@@ -76,6 +78,8 @@ class PassesThroughDynamo(ShortenTraceback):
 
 
 compiler_config: Any = _compiler_config  # torch adds its ``patch`` at run time, where mypy can't see it
+
+MARKED_CACHEABLE = "unsafe_marked_cacheable_functions"
 
 # How dynamo steers a compile, and errors meant for the user: never a failed lowering.
 CONTROL_FLOW = (RestartAnalysis, SkipFrame, PassesThroughDynamo)
@@ -126,7 +130,14 @@ def has_cuda_graphs(config_patches: Mapping[str, Any]) -> bool:
 def compile_with_inductor(
     graph_module: GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Compile a dynamo graph as ``backend="inductor"`` does."""
+    """Compile a dynamo graph as ``backend="inductor"`` does, and cache it even if it chooses between branches.
+
+    Inductor's caches refuse graphs with ``torch.cond`` that isn't marked, though their keys see what the branches hold.
+    """
+    has_branches = any(node.target is torch.ops.higher_order.cond for node in graph_module.graph.nodes)
+    if has_branches and hasattr(inductor_config, MARKED_CACHEABLE):
+        marked = getattr(inductor_config, MARKED_CACHEABLE) | {"torch.ops.higher_order.cond": "its branches are hashed"}
+        config_patches = {MARKED_CACHEABLE: marked} | config_patches
     return cast("Callable[..., Any]", compile_fx(graph_module, example_inputs, config_patches=config_patches))
 
 

@@ -29,7 +29,7 @@ def run_tune(device: str, heads: Sequence[int], head_dim: int) -> None:
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     backend = FlexPrefillBackend()
     # One graph for all lengths, as a model has that meets prompts of every length.
-    sparse = torch.compile(attend, backend=backend, dynamic=True, options={"min_length": 64})
+    sparse = torch.compile(attend, backend=backend, dynamic=True, options={"min_length": 64, "max_density": 1})
     rows, times = [], []
     for length in LENGTHS[kind]:
         query, key, value = create_structured_inputs(heads[0], heads[1], length, head_dim, device, dtype)

@@ -117,7 +117,9 @@ def _pass_sizes_of_captures(create: Callable[..., None]) -> Callable[..., None]:
         create(self, *args, **keywords)
         captures = [x for x in self.kernel_input_name_to_buffer.values() if hasattr(x, "get_stride")]
         sizes = [size for capture in captures for size in (*capture.get_size(), *capture.get_stride())]
-        symbols = {symbol for size in sizes for symbol in getattr(size, "free_symbols", ())}
+        # Sizes that turned out equal have one symbol in what is generated, but each its own in the captures' shapes.
+        simplify = cpp_flex_attention_template().V.graph.sizevars.simplify
+        symbols = {s for size in sizes for form in (size, simplify(size)) for s in getattr(form, "free_symbols", ())}
         self.extra_sizevars += sorted(symbols - {*self.extra_sizevars}, key=str)
 
     return create_template

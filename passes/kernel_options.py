@@ -54,31 +54,25 @@ def choose_kernel_options(
     return options | own
 
 
-def refuse_flash(  # noqa: PLR0911  (one for each reason)
+def refuse_flash(
     config: SparsePrefillConfig, query: Tensor, key: Tensor, value: Tensor, *, is_plain: bool
 ) -> str | None:
     """Return why flash-attn-4's kernels are not to run an attention, or None if they are. Arguments as above."""
     wanted = config.kernel_backend
     head_dims = {int(query.shape[-1]), int(value.shape[-1])}
-    if wanted == "triton":
-        return "kernel_backend is triton"
-    if wanted == "auto" and config.kernel_options:
-        return "kernel_options are given, which are the Triton template's"
-    if not query.is_cuda:
-        return f"device {query.device.type}"
-    if not is_flash_available():
-        return "flash-attn-4 is not installed: pip install 'flexprefill-compile[flash]'"
-    capability = torch.cuda.get_device_capability(query.device)[0]
-    if capability not in FLASH_CAPABILITIES[wanted]:
-        return f"a GPU of compute capability {capability}"
-    if not is_plain:
-        return "a mask or bias other than causal"
-    if config.block_size != FLASH_BLOCK_SIZE:
-        return f"block_size {config.block_size}, not {FLASH_BLOCK_SIZE}"
-    if config.max_budget is not None:
-        return "max_budget, which narrows the tables"
-    if query.dtype not in FLASH_DTYPES:
-        return f"dtype {query.dtype}"
-    if len(head_dims) > 1 or not head_dims <= set(FLASH_HEAD_DIMS):
-        return f"head dimensions {sorted(head_dims)}, not one of {list(FLASH_HEAD_DIMS)}"
-    return None
+    capability = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 0
+    refusals = {
+        "kernel_backend is triton": wanted == "triton",
+        "kernel_options are given, which are the Triton template's": wanted == "auto" and bool(config.kernel_options),
+        f"device {query.device.type}": not query.is_cuda,
+        "flash-attn-4 is not installed: pip install 'flexprefill-compile[flash]'": not is_flash_available(),
+        f"a GPU of compute capability {capability}": capability not in FLASH_CAPABILITIES.get(wanted, ()),
+        "a mask or bias other than causal": not is_plain,
+        f"block_size {config.block_size}, not {FLASH_BLOCK_SIZE}": config.block_size != FLASH_BLOCK_SIZE,
+        "max_budget, which narrows the tables": config.max_budget is not None,
+        f"dtype {query.dtype}": query.dtype not in FLASH_DTYPES,
+        f"head dimensions {sorted(head_dims)}, not one of {list(FLASH_HEAD_DIMS)}": (
+            len(head_dims) > 1 or not head_dims <= set(FLASH_HEAD_DIMS)
+        ),
+    }
+    return next((reason for reason, holds in refusals.items() if holds), None)

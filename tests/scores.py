@@ -43,9 +43,8 @@ def score_groups(
     stop: int,
     *,
     size: int,
-    compare: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Return the attention of groups of queries to groups of keys, as ``compare`` gives the score of two groups."""
+    """Return the attention of groups of queries to groups of keys, by the mean along their antidiagonal."""
     num_blocks = -(-query.shape[0] // block_size)
     key_groups = [(b, group) for b in range(num_blocks) for group in list_groups(b, size, block_size, start, stop)]
     shares = torch.zeros(num_blocks, num_blocks, dtype=torch.float64)
@@ -55,7 +54,7 @@ def score_groups(
             seen = [(b, keys) for b, keys in key_groups if keys[0] <= group[-1]]
             logits = []
             for _, keys in seen:
-                score = compare(fill(query, group, size), fill(key, keys, size)) * scale
+                score = compare_antidiagonal(fill(query, group, size), fill(key, keys, size)) * scale
                 logits.append(score + torch.tensor(len(keys) / size, dtype=torch.float64).log())
             weights = torch.softmax(torch.stack(logits), 0).tolist()
             for (key_block, _), weight in zip(seen, weights, strict=True):
@@ -72,10 +71,6 @@ def fill(x: Tensor, group: list[int], size: int) -> Tensor:
     return filled
 
 
-def compare_means(queries: Tensor, keys: Tensor) -> Tensor:
-    return queries.mean(0) @ keys.mean(0)
-
-
 def compare_antidiagonal(queries: Tensor, keys: Tensor) -> Tensor:
     return torch.stack([queries[len(keys) - 1 - i] @ keys[i] for i in range(len(keys))]).sum() / len(keys)
 
@@ -85,12 +80,12 @@ def score_sampled(query: Tensor, key: Tensor, scale: float, block_size: int, sta
 
 
 def score_xattention(query: Tensor, key: Tensor, scale: float, block_size: int, start: int, stop: int) -> Tensor:
-    return score_groups(query, key, scale, block_size, start, stop, size=8, compare=compare_antidiagonal)
+    return score_groups(query, key, scale, block_size, start, stop, size=8)
 
 
 def score_auto(query: Tensor, key: Tensor, scale: float, block_size: int, start: int, stop: int) -> Tensor:
-    rows = score_rows(query, key, scale, block_size, start, stop, rows_per_block=block_size // 16)
-    return (rows + score_groups(query, key, scale, block_size, start, stop, size=16, compare=compare_means)) / 2
+    rows = score_rows(query, key, scale, block_size, start, stop, rows_per_block=block_size // 8)
+    return (rows + score_groups(query, key, scale, block_size, start, stop, size=16)) / 2
 
 
 SCORES: dict[str, Score] = {"sampled": score_sampled, "xattention": score_xattention, "auto": score_auto}

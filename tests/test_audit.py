@@ -61,9 +61,11 @@ def tokens(batch: int = 1, length: int = LENGTH) -> Tensor:
     return torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def left_padding() -> Tensor:
+def padding() -> Tensor:
+    """One prompt is padded on the left, one on the right, where padding sees tokens and still must not count."""
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[0, :77] = 0
+    mask[1, 150:] = 0
     return mask
 
 
@@ -105,7 +107,7 @@ def windowed() -> Tensor:
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[Tensor], float | None]] = {
     "plain": (lambda: llama(num_key_value_heads=4, num_hidden_layers=1), {}, [causal()], None),
     "gqa": (llama, {}, [causal()] * 2, None),
-    "padded": (llama, {"attention_mask": left_padding()}, [causal() & left_padding().bool()[:, None, None]] * 2, None),
+    "padded": (llama, {"attention_mask": padding()}, [causal() & padding().bool()[:, None, None]] * 2, None),
     "window and softcap": (gemma, {}, [windowed(), causal()], 2.0),
 }
 
@@ -120,7 +122,7 @@ def test_recall_and_error_are_those_of_a_brute_force_computation(case: str) -> N
     def compare(call: ObservedAttention) -> None:
         measured = measure_call(call, BLOCK)
         recall, squares = brute_force(call, masks[len(compared)], softcap)
-        is_counted = left_padding().bool()[:, call.rows] if kwargs else torch.ones(1, len(call.rows), dtype=torch.bool)
+        is_counted = padding().bool()[:, call.rows] if kwargs else torch.ones(1, len(call.rows), dtype=torch.bool)
         assert torch.equal(measured.is_counted, is_counted)
         expected = recall[:, :, call.rows]
         heads = is_counted.unsqueeze(1).expand_as(expected)

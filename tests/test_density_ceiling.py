@@ -9,6 +9,8 @@ import torch
 from graphs import CONFIG, inspect_graphs, targets
 from models import OPTIONS, causal_attention, relative_error
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -104,6 +106,21 @@ def test_what_cannot_be_lowered_is_tried_without_it(monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         assert not torch.equal(sparse(*inputs), causal_attention(*inputs))
     assert backend.report.num_rewritten == 1
+
+
+def test_caches_hold_both_ways_and_tell_them_apart() -> None:
+    inputs = inputs_of(333, spread=1)
+
+    def is_hit(**kernel_options: int) -> bool:
+        torch.compiler.reset()
+        counters.clear()
+        options = OPTIONS | {"max_density": 0.5, "kernel_options": kernel_options}
+        with torch.no_grad():
+            torch.compile(causal_attention, backend=FlexPrefillBackend(), options=options)(*inputs)
+        return bool(counters["aot_autograd"]["autograd_cache_hit"] and counters["inductor"]["fxgraph_cache_hit"])
+
+    with fresh_cache():
+        assert [is_hit(), is_hit(), is_hit(BLOCK_M=16)] == [False, True, False]
 
 
 @pytest.fixture

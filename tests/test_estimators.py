@@ -143,6 +143,17 @@ def test_scores_made_a_block_at_a_time_are_the_same(estimator: str, monkeypatch:
     torch.testing.assert_close(SCORING[estimator](make_inputs(query, key)), whole, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("estimator", SCORES)
+def test_products_in_bfloat16_as_on_a_gpu_are_near(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = (x.bfloat16() for x in random_qk(0, 1, 4, 2, 333, 16, spread=2))
+    exact = SCORING[estimator](make_inputs(query.double(), key.double()))
+    monkeypatch.setattr(EstimatorInputs, "product_dtype", torch.bfloat16)
+    actual = SCORING[estimator](make_inputs(query, key))
+    assert actual.dtype == torch.float32
+    # Scores here reach about 20, which bfloat16 holds to 1/16.
+    torch.testing.assert_close(actual.double(), exact, rtol=0.15, atol=2e-3)
+
+
 def test_streaming_is_a_sink_and_a_window() -> None:
     query, key = make_structured(1, 20 * BLOCK)
     selected = select_prefill_blocks(query, key, None, SCALE, make_config("streaming", min_budget=3 * BLOCK))

@@ -138,9 +138,12 @@ def largest_tensor(
 # Each prompt by itself
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    ("side", "estimator"),
+    [("right", "flexprefill"), ("left", "flexprefill"), ("right", "auto"), ("left", "xattention")],
+)
 @torch.no_grad()
-def test_each_prompt_of_a_batch_gets_what_it_gets_alone(side: str) -> None:
+def test_each_prompt_of_a_batch_gets_what_it_gets_alone(side: str, estimator: str) -> None:
     lengths = (224, 160) if side == "left" else (224, 141)  # on the left, padded by whole blocks
     model = llama()
     ids = tokens(2, 224)
@@ -152,13 +155,13 @@ def test_each_prompt_of_a_batch_gets_what_it_gets_alone(side: str) -> None:
     with without_code_generation(is_dense=False):
         # Positions as each prompt has them alone.
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-        batch = compiled(model, gamma=0.9)
+        batch = compiled(model, gamma=0.9, estimator=estimator)
         with record_densities() as densities:
             together = batch(ids, attention_mask=mask, position_ids=position_ids).logits
         assert max(density.min().item() for density in densities) < 1
         for row, place in enumerate(places):
             torch._dynamo.reset()
-            alone = compiled(model, gamma=0.9)(ids[row : row + 1, place]).logits
+            alone = compiled(model, gamma=0.9, estimator=estimator)(ids[row : row + 1, place]).logits
             torch.testing.assert_close(together[row : row + 1, place], alone, rtol=1e-4, atol=1e-4)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_the_ground_floor_stands_on_nothing() -> None:
 
 def test_only_one_file_imports_private_names_of_torch() -> None:
     for file in [
-        *(ROOT / "flexprefill_compile").glob("**/*.py"),
+        *(ROOT / "flexprefill_compile").rglob("*.py"),
         *(ROOT / "passes").glob("*.py"),
         *(ROOT / "block_masks").glob("*.py"),
     ]:
@@ -57,6 +58,21 @@ def test_a_folder_can_not_be_imported_by_its_bare_name(folder: str, monkeypatch:
 
 
 def test_only_tests_import_the_oracle() -> None:
-    for file in ROOT.glob("[!.]*/*.py"):
-        if file.parent.name in ("flexprefill_compile", "passes", "block_masks"):
+    for folder in ("flexprefill_compile", "passes", "block_masks"):
+        for file in (ROOT / folder).rglob("*.py"):
             assert "block_masks.reference" not in file.read_text(), file.name
+
+
+def test_every_folder_of_the_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {
+        f"flexprefill_compile.{file.parent.name}" for file in (ROOT / "flexprefill_compile").glob("*/__init__.py")
+    }
+    assert set(listed) == folders | {"flexprefill_compile", *(f"flexprefill_compile.{floor}" for floor in FLOORS)}
+
+
+def test_what_measures_quality_stands_on_the_compiler_and_not_the_other_way_round() -> None:
+    users = {file.stem for file in (ROOT / "flexprefill_compile").glob("*.py") if "quality" in imported_rooms(file)}
+    assert "__init__" in users
+    assert users.isdisjoint({*GROUND_FLOOR, "backend", "crossing", "decorator", "explain"})
+    assert (ROOT / "flexprefill_compile" / "quality").is_dir()

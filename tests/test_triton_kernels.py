@@ -111,6 +111,23 @@ def test_heads_that_are_not_finite(poison: float, max_budget: int | None, poison
         assert selected[0, 2:, -1, 70 // 16].all()
 
 
+@pytest.mark.parametrize(("tau", "most_blocks_small", "max_budget"), [(0.0, 128, None), (1.0, 128, 64), (1.0, 0, None)])
+def test_each_head_has_its_own_gamma_and_the_last_rows_are_dense(
+    monkeypatch: pytest.MonkeyPatch, tau: float, most_blocks_small: int, max_budget: int | None
+) -> None:
+    monkeypatch.setattr(triton_kernels, "MOST_BLOCKS_SMALL", most_blocks_small)
+    query, key = structured_qk(0, 1, 4, 2, 100, 16, block_size=16, dtype=torch.float32)
+    gammas = (0.4, 1.0, 0.9, 0.7)
+    config = SparsePrefillConfig(
+        gamma=gammas, tau=tau, min_budget=0, max_budget=max_budget, block_size=16, dense_last=20
+    )
+    selected = assert_same_blocks(query, key, None, config)
+    if max_budget is None:
+        assert torch.equal(selected[:, 1], torch.ones_like(selected[:, 1]).tril())
+        assert selected[..., -2, :-1].all()
+        assert not selected[:, 0].logical_or(~torch.ones_like(selected[:, 0]).tril()).all()
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("largest", [1, 3, 50])
 def test_thresholds_of_exact_masses_reach_gamma_with_the_fewest_entries(seed: int, largest: int) -> None:

@@ -47,8 +47,8 @@ def run_model_bench(
         raise UsageError(f"density must be in (0, 1], got {density}")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = create_decoder(shape, device, dtype)
-    billions = sum(parameter.numel() for parameter in model.parameters()) / 1e9
-    print(f"{shape}: {billions:.2f}e9 parameters, {dtype}, torch {torch.__version__}")
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{shape}: {millions:.0f}M parameters, {dtype}, torch {torch.__version__}")
     runs = []
     for length in lengths:
         with torch.no_grad():

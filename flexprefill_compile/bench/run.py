@@ -70,9 +70,7 @@ def run_bench(plan: BenchPlan) -> None:
     name = name_device(torch.device(plan.device))
     title = f"{name}, torch {torch.__version__}, {dtype}, heads {list(plan.heads)}, head dim {plan.head_dim}"
     print(title)
-    print(
-        f"{plan.config}\ncopies at {rates['copy'] / 1e12:.2f} TB/s, products at {rates['product'] / 1e12:.2f} TFLOP/s"
-    )
+    print(f"{plan.config}\ncopies at {rates['copy'] / 1e9:.0f} GB/s, products at {rates['product'] / 1e9:.0f} GFLOP/s")
     runs: list[dict[str, Any]] = []
     for length in plan.lengths:
         for kind in plan.inputs:
@@ -81,7 +79,8 @@ def run_bench(plan: BenchPlan) -> None:
             if plan.json_path:  # after each row: what is measured stays if a later one breaks
                 plan.json_path.write_text(json.dumps({"device": title, "rates": rates, "runs": runs}, indent=1) + "\n")
     print(format_totals(runs))
-    print(format_stages(runs))
+    if stages := format_stages(runs):
+        print(stages)
     if plan.plot_path:
         plot_runs(runs, title, plan.plot_path)
 
