@@ -24,7 +24,7 @@ MEASURED = {"cpu": 4096, "NVIDIA H200": 8192}
 UNKNOWN_GPU = 16384
 # Tokens, by device name: from here on selecting in vain and reading its density is lost in the time of dense attention.
 # A CPU has nothing to wait for.
-CEILING_FROM = {"cpu": 1, "NVIDIA H200": 32768}
+CEILING_FROM = {"cpu": 1, "NVIDIA H200": 65536}
 CEILING_FROM_UNKNOWN_GPU = 65536
 # Of the causal blocks: FlexAttention at this density takes as long as the fastest dense attention on an H200.
 GPU_MAX_DENSITY = 0.75

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -53,11 +54,8 @@ def time_dense_ms(query: Tensor, key: Tensor, value: Tensor, calls: int) -> dict
     """Time each dense backend that takes the inputs."""
     times = {}
     for backend in DENSE_BACKENDS[query.device.type]:
-        with sdpa_kernel(backend):
-            try:
-                attend(query, key, value)
-            except RuntimeError:  # not built in, or not for these inputs
-                continue
+        # RuntimeError: not built in, or not for these inputs.
+        with sdpa_kernel(backend), contextlib.suppress(RuntimeError):
             times[backend.name.removesuffix("_ATTENTION").lower()] = time_ms(
                 lambda: attend(query, key, value), query.device.type, calls
             )
@@ -67,17 +65,23 @@ def time_dense_ms(query: Tensor, key: Tensor, value: Tensor, calls: int) -> dict
 def time_ms(run: Callable[[], object], device: str, calls: int) -> float:
     """Return the median of up to ``calls`` timed calls, in milliseconds, after two that warm up.
 
-    Slow calls are timed less often, once at least: together they take about ``LONGEST_TIMING_MS``.
+    Slow calls are timed less often: together they take about ``LONGEST_TIMING_MS``. Of those that would be timed but
+    once, the second that warms up is the measurement.
 
     On a GPU, of CUDA events around calls that are queued together, as the layers of a model queue theirs: the time of
     the device, or of the host where that is longer.
     """
     run()
+    if device == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    calls = max(1, min(calls, int(LONGEST_TIMING_MS / 1e3 / (time.perf_counter() - start))))
+    warm_ms = (time.perf_counter() - start) * 1e3
+    calls = min(calls, int(LONGEST_TIMING_MS / warm_ms))
+    if calls < 2:
+        return warm_ms
     if device == "cuda":
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
         torch.cuda.synchronize()
