@@ -188,10 +188,12 @@ class DensityCeiling:
     Attributes:
         max_density: The largest share of the causal blocks that runs sparse.
         from_length: Shorter prompts, in tokens, run sparse whatever they select.
+        binds_flash: Whether calls that run flash-attn-4's kernels have it too.
     """
 
     max_density: float
     from_length: int
+    binds_flash: bool = True
 
 
 def split_options(

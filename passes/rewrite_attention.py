@@ -187,7 +187,7 @@ def _insert_attention(
         *(*inputs, selection.score, block_mask, lifted.parts.scale, options),
         *(selection.score_captures, selection.mask_captures),
     )
-    if ceiling is not None and lifted.is_plain:
+    if ceiling is not None and lifted.is_plain and (ceiling.binds_flash or options.get("BACKEND") != "FLASH"):
         operands = [*inputs, *selection.tables]
         attention = insert_choice(sharing.module, operands, arguments, selection.lengths[0], ceiling)
     else:

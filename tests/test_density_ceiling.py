@@ -80,6 +80,15 @@ def graphs_under(ceiling: DensityCeiling, call: Any, *inputs: Tensor) -> list[An
     return inspect_graphs(rewrite, call, *inputs)[0]
 
 
+@pytest.mark.parametrize("binds_flash", [False, True])
+def test_flash_has_a_ceiling_only_if_asked(binds_flash: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "flexprefill_compile.passes.rewrite_attention.choose_kernel_options"
+    monkeypatch.setattr(options, lambda *_, **__: {"BACKEND": "FLASH"})
+    with torch.no_grad():
+        found = graphs_under(DensityCeiling(0.5, 1, binds_flash), causal_attention, *inputs_of(64, spread=1))
+    assert (cond in found) == binds_flash
+
+
 def test_only_plain_causal_attention_has_a_dense_way() -> None:
     ceiling = DensityCeiling(0.5, 1)
     inputs = inputs_of(64, spread=1)
@@ -136,7 +145,8 @@ def test_long_prompts_on_a_gpu_have_one_unless_told(gpu_input: Tensor) -> None:
     def settle(has_cuda_graphs: bool = False, **options: Any) -> DensityCeiling | None:
         return settle_ceiling(SparsePrefillConfig(**options), [gpu_input], has_cuda_graphs=has_cuda_graphs)
 
-    assert settle() == DensityCeiling(crossing.GPU_MAX_DENSITY, crossing.CEILING_FROM["NVIDIA H200"])
+    length = crossing.CEILING_FROM["NVIDIA H200"]
+    assert settle() == DensityCeiling(crossing.GPU_MAX_DENSITY, length, binds_flash=False)
     assert settle(max_density=0.4) == DensityCeiling(0.4, 1)
     assert settle(max_density=1) is None
     assert settle(gamma=1) is None

@@ -19,6 +19,8 @@ SELECTION_STAGES = (
     "narrow_thresholds",
     "pack_blocks",
 )
+# By what is in the names of kernels: the Triton template's and flash-attn-4's.
+ATTENTION_KERNELS = ("flex_attention", "flash_fwd")
 PROFILED_CALLS = 5
 
 
@@ -50,8 +52,9 @@ def time_stages(run: Callable[[], object]) -> dict[str, float]:
             run()
         torch.cuda.synchronize()
     times = dict.fromkeys((*SELECTION_STAGES, ATTENTION), 0.0)
+    kernels = {stage: (stage,) for stage in SELECTION_STAGES} | {ATTENTION: ATTENTION_KERNELS}
     for event in profiler.key_averages():
-        for stage in times:
-            if stage in event.key:
+        for stage, names in kernels.items():
+            if any(name in event.key for name in names):
                 times[stage] += event.device_time_total / PROFILED_CALLS / 1e3
     return times
