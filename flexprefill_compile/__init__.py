@@ -7,12 +7,14 @@ from flexprefill_compile.explain import explain
 from flexprefill_compile.policy import LayerPolicy, ModelShape, Policy
 from flexprefill_compile.quality.audit import audit
 from flexprefill_compile.quality.audit_report import AuditReport
+from flexprefill_compile.quality.calibrate import Calibration, calibrate
 from flexprefill_compile.registry import register_estimator
 from flexprefill_compile.report import AttentionSkippedError, RewriteReport, SkipReason
 
 __all__ = [
     "AttentionSkippedError",
     "AuditReport",
+    "Calibration",
     "InvalidOptionError",
     "LayerPolicy",
     "ModelShape",
@@ -22,6 +24,7 @@ __all__ = [
     "SparsePrefillConfig",
     "audit",
     "block_masks",
+    "calibrate",
     "explain",
     "register_estimator",
     "sparse_prefill",
