@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.passes.lift_site import LiftedSite
-from flexprefill_compile.passes.sparse_prefill import find_attention
+from flexprefill_compile.passes.sparse_prefill import ConfiguredSite, Layers, find_attention
 from flexprefill_compile.passes.split_scores import ElementFunction
 from flexprefill_compile.report import SkipReason
 
@@ -110,8 +110,9 @@ def lift(make: Make, *inputs: Tensor, dynamic: bool) -> list[tuple[GraphModule, 
     """Return each dynamo graph of a masked attention, and what the mask was lifted to."""
 
     def find(graph_module: GraphModule) -> tuple[GraphModule, LiftedSite | Any]:
-        (found,) = [f for node in graph_module.graph.nodes if (f := find_attention(node, CONFIG, {})) is not None]
-        return graph_module, found
+        found = (find_attention(node, CONFIG, {}, Layers(CONFIG)) for node in graph_module.graph.nodes)
+        (site,) = [x for x in found if x is not None]
+        return graph_module, site.lifted if isinstance(site, ConfiguredSite) else site
 
     x = torch.randn(BATCH, HEADS, LENGTH, 16)
     return inspect_graphs(find, attend(make), x, *inputs, dynamic=dynamic)
