@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flexprefill_compile.block_masks.gammas import place_gammas
 from flexprefill_compile.block_masks.layout import BlockTables, count_blocks
+from flexprefill_compile.block_masks.triton_launch import Launcher
 from flexprefill_compile.block_masks.triton_representative import (
     choose_patterns,
     pool_inputs,
@@ -111,9 +112,6 @@ def choose_score_tiles(group_rows: int, block_size: int, width: int, element_siz
     return rows, keys, num_warps, max(1, min(3, 2**17 * 3 // 4 // (block_size * width * element_size)))
 
 
-_compiled: dict[Any, dict[int, Any]] = {}
-MOST_SIGNATURES = 1024
-
 
 class _Launch:
     """The buffers of one selection."""
@@ -126,9 +124,7 @@ class _Launch:
         inputs = (query, key) if value is None else (query, key, value)
         layouts = tuple((x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in inputs)
         signature = (query.device, query.dtype, layouts, config)
-        if len(_compiled) >= MOST_SIGNATURES and signature not in _compiled:
-            _compiled.clear()
-        self.compiled = _compiled.setdefault(signature, {})
+        self.run = Launcher(signature).run
         self.batch, self.heads, self.length, self.head_dim = query.shape
         self.kv_heads = key.shape[1]
         self.block_size = config.block_size
@@ -152,29 +148,6 @@ class _Launch:
         self.has_gammas = isinstance(gammas, Tensor)
         self.gammas = gammas if isinstance(gammas, Tensor) else self.profiles  # read only if there are several
 
-    def _run(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        arguments: tuple[Any, ...],
-        constants: dict[str, Any],
-        *,
-        num_warps: int,
-        num_stages: int = 3,
-    ) -> None:
-        """Launch a kernel; from its second launch with this signature on, without working out what to compile.
-
-        That takes Triton longer than the kernels run on short prompts.
-        """
-        compiled = self.compiled.get(id(kernel))
-        if compiled is None:
-            # The interpreter has nothing to return.
-            self.compiled[id(kernel)] = kernel[grid](
-                *arguments, **constants, num_warps=num_warps, num_stages=num_stages
-            )
-        else:
-            compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
-
     def read_inputs(self) -> None:
         """Pool the inputs, score the representative queries, and choose each head's pattern."""
         if self.config.is_dense:
@@ -184,7 +157,7 @@ class _Launch:
         looked_at = query if value is None else value
         value_width = triton.next_power_of_2(looked_at.shape[-1])
         kinds = self.heads + self.kv_heads * (1 if value is None else 2)
-        self._run(
+        self.run(
             pool_inputs,
             (self.num_blocks + 1, self.batch * kinds),
             (
@@ -228,7 +201,7 @@ class _Launch:
             (4 if self.is_ragged else 3, self.batch * self.kv_heads, self.num_blocks, group_rows), dtype=torch.float32
         )
         chunk_masses = query.new_empty((self.batch * self.kv_heads, num_chunks, group_rows), dtype=torch.float32)
-        self._run(
+        self.run(
             score_representative,
             (row_tiles, num_chunks, self.batch * self.kv_heads),
             (
@@ -262,7 +235,7 @@ class _Launch:
 
         pooled = query.new_empty((self.batch * self.heads, 5, self.num_blocks), dtype=torch.float32)
         tile = 16
-        self._run(
+        self.run(
             pool_masses,
             (triton.cdiv(self.num_blocks, tile), self.batch * self.heads),
             (
@@ -288,7 +261,7 @@ class _Launch:
             },
             num_warps=4,
         )
-        self._run(
+        self.run(
             choose_patterns,
             (self.batch * self.heads,),
             (
@@ -336,7 +309,7 @@ class _Launch:
         config, num_blocks = self.config, self.num_blocks
         if config.tau > 0:
             tile = 64
-            self._run(
+            self.run(
                 estimate_attention,
                 (triton.cdiv(num_blocks, tile), count),
                 (
@@ -362,7 +335,7 @@ class _Launch:
         columns = min(triton.next_power_of_2(num_blocks), 4096)
         is_dense = min(config.gammas) == 1
         if not is_dense:
-            self._run(
+            self.run(
                 find_thresholds,
                 (2, count),
                 (
@@ -388,7 +361,7 @@ class _Launch:
             )
         if not is_dense and config.tau > 0 and not is_small:
             self._narrow_maps(first, count, maps, thresholds, last_ties)
-        self._run(
+        self.run(
             pack_blocks,
             (count * num_blocks,),
             (
@@ -433,7 +406,7 @@ class _Launch:
         brackets = self.patterns.new_empty(num_turns, count, 2)
         masses = self.profiles.new_empty(num_turns, count, chunks, sections)
         for turn in range(num_turns + 1):
-            self._run(
+            self.run(
                 narrow_thresholds,
                 (chunks if turn < num_turns else 1, count),
                 (

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flexprefill_compile.block_masks.block_shares import Columns, Rows, compute_block_shares
 from flexprefill_compile.block_masks.estimator_inputs import EstimatorInputs
+from flexprefill_compile.block_masks.fused_shares import try_share_antidiagonals
 from flexprefill_compile.block_masks.layout import take_blocks
 
 STRIDE = 8
@@ -22,7 +23,11 @@ def score_xattention(inputs: EstimatorInputs) -> Tensor:
     In a tile at the end of a prompt, or at the edge of padding, the tokens that are missing count as the mean of those
     that are there.
     """
+    shares = try_share_antidiagonals(inputs, STRIDE)
+    return _score_by_tiles(inputs) if shares is None else shares
 
+
+def _score_by_tiles(inputs: EstimatorInputs) -> Tensor:
     def take(first: int, last: int) -> Tensor:
         return _list_tiles(inputs, inputs.query, inputs.query_counts, first, last).flip(-2).flatten(-2)
 
