@@ -1,4 +1,4 @@
-"""Whether Triton kernels compute an estimator's shares: they do on a GPU, under plain causality, where there is Triton."""
+"""Shares by Triton kernels: on a GPU, for causal attention of a prompt to itself, where there is Triton."""
 
 from __future__ import annotations
 

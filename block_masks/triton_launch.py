@@ -32,14 +32,19 @@ class Launcher:
         *,
         num_warps: int,
         num_stages: int = 3,
+        most_registers: int | None = None,
         variant: Hashable = None,
     ) -> None:
-        """Launch a kernel; ``variant`` tells launches of one signature apart whose sizes differ."""
+        """Launch a kernel, with as many registers a thread as it likes, or at most some.
+
+        ``variant`` tells launches of one signature apart whose sizes differ.
+        """
         compiled = self.compiled.get((id(kernel), variant))
         if compiled is None:
+            options = {"num_warps": num_warps, "num_stages": num_stages}
+            if most_registers is not None:
+                options["maxnreg"] = most_registers
             # The interpreter has nothing to return.
-            self.compiled[id(kernel), variant] = kernel[grid](
-                *arguments, **constants, num_warps=num_warps, num_stages=num_stages
-            )
+            self.compiled[id(kernel), variant] = kernel[grid](*arguments, **constants, **options)
         else:
             compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())

@@ -69,6 +69,7 @@ class Tiles(NamedTuple):
     features: int
     num_warps: int
     num_stages: int
+    most_registers: int | None = None
 
 
 def can_share(inputs: EstimatorInputs) -> bool:
@@ -112,16 +113,19 @@ def _list_tiles(x: Tensor, stride: int) -> Tensor:
 
 def choose_tiles(element_size: int, width: int, parts: int, num_rows: int, num_columns: int) -> Iterator[Tiles]:
     """Yield sizes of tiles, the fastest first, the ones that need the least shared memory last."""
-    # Rows of one part are held and columns pass by; those of several parts pass by like the columns do.
-    sizes = [(128, 128, width, 8, 2), (64, 64, width, 4, 2), (32, 32, width, 4, 1)]
+    # Rows of one part are held while columns pass by. The powers of 2 keep the matrix units waiting: at 128 registers,
+    # another program fills in. Rows of several parts pass by like the columns do; they have few powers.
+    sizes = [Tiles(128, 128, width, 8, 2, 128), Tiles(64, 64, width, 4, 2), Tiles(32, 32, width, 4, 1)]
     if parts > 1 or width > 128:
-        sizes = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 2), (64, 64, 32, 4, 2), (32, 32, 32, 4, 1)]
+        sizes = [Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 8, 2), Tiles(64, 64, 32, 4, 2), Tiles(32, 32, 32, 4, 1)]
     if element_size > 2:
-        sizes = [(64, 64, 32, 4, 2), (32, 32, 32, 4, 1)]
-    for rows, columns, features, num_warps, num_stages in sizes:
-        rows = min(rows, max(16, triton.next_power_of_2(num_rows)))  # noqa: PLW2901
-        columns = min(columns, max(16, triton.next_power_of_2(num_columns)))  # noqa: PLW2901
-        yield Tiles(rows, columns, min(features, width), num_warps, num_stages)
+        sizes = [Tiles(64, 64, 32, 4, 2), Tiles(32, 32, 32, 4, 1)]
+    for tiles in sizes:
+        yield tiles._replace(
+            rows=min(tiles.rows, max(16, triton.next_power_of_2(num_rows))),
+            columns=min(tiles.columns, max(16, triton.next_power_of_2(num_columns))),
+            features=min(tiles.features, width),
+        )
 
 
 def _try_tiles(inputs: EstimatorInputs, rows: Vectors, columns: Vectors, scale: float) -> Tensor | None:
@@ -163,7 +167,7 @@ class _Launch:
         return choose_tiles(element_size, self.width, parts, num_rows, num_columns)
 
     def share(self, tiles: Tiles) -> Tensor:
-        """Return the shares, (B, H, num_blocks, num_blocks) float32, computed for a number of query blocks at a time."""
+        """Return the shares, (B, H, num_blocks, num_blocks) float32, made for a number of query blocks at a time."""
         shares = self.inputs.query.new_empty(self.inputs.shape, dtype=torch.float32)
         piece = min(tiles.columns, self.block_columns)
         block_pieces = self.block_columns // piece
@@ -183,7 +187,8 @@ class _Launch:
         inputs, kv_heads = self.inputs, self.batch * self.kv_heads
         block_pieces = self.block_columns // piece
         num_rows, num_pieces = (last - first) * self.block_rows, last * block_pieces
-        row_tiles, column_tiles = triton.cdiv(num_rows, tiles.rows), triton.cdiv(last * self.block_columns, tiles.columns)
+        row_tiles = triton.cdiv(num_rows, tiles.rows)
+        column_tiles = triton.cdiv(last * self.block_columns, tiles.columns)
         # A program of several parts gains nothing from more than a few tiles: it loads its rows anew for each.
         parts = self.rows.data.shape[3]
         chunk_tiles = min(32 if parts == 1 else 4, max(1, column_tiles * row_tiles * kv_heads // SCORE_PROGRAMS))
@@ -224,6 +229,7 @@ class _Launch:
             },
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
+            most_registers=tiles.most_registers,
             variant=first,
         )
         tile = min(128, max(16, 2048 * self.rows.tokens // inputs.block_size))
