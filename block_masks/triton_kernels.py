@@ -64,6 +64,22 @@ def try_select(
         return None
 
 
+def try_select_scored(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    scores: Tensor,
+    config: SparsePrefillConfig,
+    width: int,
+) -> BlockTables | None:
+    """Select by an estimator's scores, or return None where the GPU is too small for a tile."""
+    try:
+        return select_scored_tables(query, key, value, scores, config, width)
+    except triton.OutOfResources as error:
+        logger.warning("blocks are selected by plain PyTorch, slower: %s", error)
+        return None
+
+
 def can_select(query: Tensor, value: Tensor | None, config: SparsePrefillConfig) -> bool:
     """Tell whether the kernels take these inputs."""
     value_dim = 0 if value is None else value.shape[-1]
@@ -134,7 +150,6 @@ def choose_score_tiles(group_rows: int, block_size: int, width: int, element_siz
     # A stage holds a whole key block.
     num_warps = 4 if width * element_size <= 256 else 8
     return rows, keys, num_warps, max(1, min(3, 2**17 * 3 // 4 // (block_size * width * element_size)))
-
 
 
 class _Launch:
