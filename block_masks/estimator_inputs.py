@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexprefill_compile.block_masks.block_shares import Columns, Rows, compute_block_shares
+from flexprefill_compile.block_masks.fused_shares import try_share_rows
 from flexprefill_compile.block_masks.layout import count_blocks, pool_blocks, pool_counted_blocks, take_blocks
 from flexprefill_compile.block_masks.mask_facts import MaskFacts
 from flexprefill_compile.block_masks.representative import SCORES_AT_ONCE
@@ -91,6 +92,9 @@ class EstimatorInputs:
             (B, H, num_q_blocks, num_k_blocks), the mean over the rows of their attention on each key block. Sums to 1
             over the grid's blocks, and to 0 where no query of a block counts.
         """
+        shares = try_share_rows(self, rows_per_block)
+        if shares is not None:
+            return shares
         counts = self.query_counts.unflatten(-1, (rows_per_block, -1))
         number = counts.sum(-1)
         is_middle = (counts.cumsum(-1) == (number // 2 + 1).unsqueeze(-1)) & counts

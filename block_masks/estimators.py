@@ -33,11 +33,20 @@ def choose_blocks(inputs: EstimatorInputs, config: SparsePrefillConfig) -> Choic
         return Choice(torch.zeros_like(nearness, dtype=torch.bool), nearness, _all_finite(inputs))
     if config.estimator == "dense":
         return Choice(inputs.grid.expand(inputs.shape), score_nearness(inputs), _all_finite(inputs))
-    name = str(config.estimator)
-    score = SCORING[name](inputs) if name in SCORING else score_by_user(name, inputs)
+    score = score_blocks(inputs, config)
     gamma = place_gammas(config, score.device)
     selected = select_cumulative(score, gamma if isinstance(gamma, float | int) else gamma.unsqueeze(-1))
     return Choice(selected, score, torch.isfinite(score.sum((-2, -1))))
+
+
+def score_blocks(inputs: EstimatorInputs, config: SparsePrefillConfig) -> Tensor:
+    """Return the scores of an estimator that scores blocks, (B, H, num_q_blocks, num_k_blocks), zero off the grid.
+
+    Raises:
+        ValueError: A user's function returns something else than block scores.
+    """
+    name = str(config.estimator)
+    return SCORING[name](inputs) if name in SCORING else score_by_user(name, inputs)
 
 
 def looks_at_scores(config: SparsePrefillConfig) -> bool:

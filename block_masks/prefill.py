@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexprefill_compile.block_masks.estimator_inputs import EstimatorInputs
-from flexprefill_compile.block_masks.estimators import choose_blocks
+from flexprefill_compile.block_masks.estimators import choose_blocks, looks_at_scores, score_blocks
 from flexprefill_compile.block_masks.flexprefill import choose_flexprefill
 from flexprefill_compile.block_masks.gammas import place_gammas, take_all_of_dense_heads
 from flexprefill_compile.block_masks.layout import (
@@ -105,7 +105,7 @@ def select_prefill_tables(
     width: int,
 ) -> BlockTables:
     """Select and pack, on a GPU by the kernels of ``triton_kernels`` where they take the inputs."""
-    if query.is_cuda and config.estimator == "flexprefill":
+    if query.is_cuda and looks_at_scores(config):
         tables = _select_by_kernels(query, key, value, scale, config, width)
         if tables is not None:
             return tables
@@ -124,7 +124,15 @@ def _select_by_kernels(
         from flexprefill_compile.block_masks import triton_kernels  # noqa: PLC0415  (Triton is not on every platform)
     except ImportError:
         return None
-    tables: BlockTables | None = triton_kernels.try_select(query, key, value, scale, config, width)
+    tables: BlockTables | None
+    if config.estimator == "flexprefill":
+        tables = triton_kernels.try_select(query, key, value, scale, config, width)
+    elif config.is_dense or not triton_kernels.can_select(query, value, config):
+        return None
+    else:
+        grid = create_causal_grid(count_blocks(query.shape[-2], config.block_size), query.device)
+        scores = score_blocks(EstimatorInputs(query, key, scale, config.block_size, grid[None, None]), config)
+        tables = triton_kernels.try_select_scored(query, key, value, scores, config, width)
     return tables
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import struct
-from typing import Any
 
 import torch
 import triton
@@ -19,7 +18,9 @@ from torch import Tensor
 
 from flexprefill_compile.block_masks.gammas import place_gammas
 from flexprefill_compile.block_masks.layout import BlockTables, count_blocks
+from flexprefill_compile.block_masks.triton_launch import Launcher
 from flexprefill_compile.block_masks.triton_representative import (
+    QUERY_AWARE,
     choose_patterns,
     pool_inputs,
     pool_masses,
@@ -58,6 +59,22 @@ def try_select(
         return None
     try:
         return select_prefill_tables(query, key, value, scale, config, width)
+    except triton.OutOfResources as error:
+        logger.warning("blocks are selected by plain PyTorch, slower: %s", error)
+        return None
+
+
+def try_select_scored(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    scores: Tensor,
+    config: SparsePrefillConfig,
+    width: int,
+) -> BlockTables | None:
+    """Select by an estimator's scores, or return None where the GPU is too small for a tile."""
+    try:
+        return select_scored_tables(query, key, value, scores, config, width)
     except triton.OutOfResources as error:
         logger.warning("blocks are selected by plain PyTorch, slower: %s", error)
         return None
@@ -102,6 +119,30 @@ def select_prefill_tables(
         return launch.select(width)
 
 
+def select_scored_tables(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    scores: Tensor,
+    config: SparsePrefillConfig,
+    width: int,
+) -> BlockTables:
+    """Select and pack, for each row of the scores, the fewest blocks that reach gamma; then as above.
+
+    Args:
+        query: As above.
+        key: As above.
+        value: As above.
+        scores: (B, H, num_blocks, num_blocks) float32, not negative and zero above the diagonal.
+        config: What to select, but for the estimator.
+        width: Columns of the tables' indices.
+    """
+    with torch.cuda.device_of(query):
+        launch = _Launch(query, key, value, 1.0, config)
+        launch.read_scores(scores)
+        return launch.select_by_row(scores.contiguous(), width)
+
+
 def choose_score_tiles(group_rows: int, block_size: int, width: int, element_size: int) -> tuple[int, int, int, int]:
     """Return the rows and keys of a tile of scores, its warps and its pipeline stages."""
     rows = min(64, max(16, triton.next_power_of_2(group_rows)))
@@ -109,10 +150,6 @@ def choose_score_tiles(group_rows: int, block_size: int, width: int, element_siz
     # A stage holds a whole key block.
     num_warps = 4 if width * element_size <= 256 else 8
     return rows, keys, num_warps, max(1, min(3, 2**17 * 3 // 4 // (block_size * width * element_size)))
-
-
-_compiled: dict[Any, dict[int, Any]] = {}
-MOST_SIGNATURES = 1024
 
 
 class _Launch:
@@ -126,9 +163,7 @@ class _Launch:
         inputs = (query, key) if value is None else (query, key, value)
         layouts = tuple((x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in inputs)
         signature = (query.device, query.dtype, layouts, config)
-        if len(_compiled) >= MOST_SIGNATURES and signature not in _compiled:
-            _compiled.clear()
-        self.compiled = _compiled.setdefault(signature, {})
+        self.run = Launcher(signature).run
         self.batch, self.heads, self.length, self.head_dim = query.shape
         self.kv_heads = key.shape[1]
         self.block_size = config.block_size
@@ -152,39 +187,13 @@ class _Launch:
         self.has_gammas = isinstance(gammas, Tensor)
         self.gammas = gammas if isinstance(gammas, Tensor) else self.profiles  # read only if there are several
 
-    def _run(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        arguments: tuple[Any, ...],
-        constants: dict[str, Any],
-        *,
-        num_warps: int,
-        num_stages: int = 3,
-    ) -> None:
-        """Launch a kernel; from its second launch with this signature on, without working out what to compile.
-
-        That takes Triton longer than the kernels run on short prompts.
-        """
-        compiled = self.compiled.get(id(kernel))
-        if compiled is None:
-            # The interpreter has nothing to return.
-            self.compiled[id(kernel)] = kernel[grid](
-                *arguments, **constants, num_warps=num_warps, num_stages=num_stages
-            )
-        else:
-            compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
-
-    def read_inputs(self) -> None:
-        """Pool the inputs, score the representative queries, and choose each head's pattern."""
-        if self.config.is_dense:
-            self.patterns.zero_()  # every block
-            return
+    def pool(self) -> None:
+        """Pool queries and keys, and find the blocks that are not finite."""
         query, key, value = self.query, self.key, self.value
         looked_at = query if value is None else value
         value_width = triton.next_power_of_2(looked_at.shape[-1])
         kinds = self.heads + self.kv_heads * (1 if value is None else 2)
-        self._run(
+        self.run(
             pool_inputs,
             (self.num_blocks + 1, self.batch * kinds),
             (
@@ -216,6 +225,21 @@ class _Launch:
             num_warps=4,
         )
 
+    def read_scores(self, scores: Tensor) -> None:
+        """Choose the scores, (B, H, num_blocks, num_blocks), for heads that are finite, else every block."""
+        self.pool()
+        peak = self.key_peak.amax(-1) if self.value is None else (self.key_peak + self.value_peak).amax(-1)
+        peak = self.query_peak.amax(-1) + peak.repeat_interleave(self.heads // self.kv_heads)
+        is_finite = torch.isfinite(scores.sum((-2, -1)).view(-1)) & torch.isfinite(peak)
+        self.patterns.copy_(is_finite).mul_(QUERY_AWARE.value)
+
+    def read_inputs(self) -> None:
+        """Pool the inputs, score the representative queries, and choose each head's pattern."""
+        if self.config.is_dense:
+            self.patterns.zero_()  # every block
+            return
+        self.pool()
+        query, key, value = self.query, self.key, self.value
         group_rows = self.heads // self.kv_heads * self.num_rows
         rows, keys, num_warps, num_stages = choose_score_tiles(
             group_rows, self.block_size, self.width, query.element_size()
@@ -228,7 +252,7 @@ class _Launch:
             (4 if self.is_ragged else 3, self.batch * self.kv_heads, self.num_blocks, group_rows), dtype=torch.float32
         )
         chunk_masses = query.new_empty((self.batch * self.kv_heads, num_chunks, group_rows), dtype=torch.float32)
-        self._run(
+        self.run(
             score_representative,
             (row_tiles, num_chunks, self.batch * self.kv_heads),
             (
@@ -262,7 +286,7 @@ class _Launch:
 
         pooled = query.new_empty((self.batch * self.heads, 5, self.num_blocks), dtype=torch.float32)
         tile = 16
-        self._run(
+        self.run(
             pool_masses,
             (triton.cdiv(self.num_blocks, tile), self.batch * self.heads),
             (
@@ -288,7 +312,7 @@ class _Launch:
             },
             num_warps=4,
         )
-        self._run(
+        self.run(
             choose_patterns,
             (self.batch * self.heads,),
             (
@@ -316,10 +340,7 @@ class _Launch:
 
     def select(self, width: int) -> BlockTables:
         """Choose and pack, a number of heads at a time."""
-        counts = (self.batch, self.heads, self.num_blocks)
-        tables = BlockTables(
-            *(self.query.new_empty(shape, dtype=torch.int32) for shape in (counts, (*counts, width)) * 2)
-        )
+        tables = self._create_tables(width)
         num_heads = self.batch * self.heads
         at_once = min(num_heads, max(1, MAPS_AT_ONCE_BYTES // (4 * self.num_blocks**2)))
         has_maps = self.config.tau > 0
@@ -330,13 +351,25 @@ class _Launch:
             self._select_heads(first, min(at_once, num_heads - first), maps, thresholds, last_ties, tables)
         return tables
 
+    def select_by_row(self, scores: Tensor, width: int) -> BlockTables:
+        """Choose and pack the blocks with which each row of the scores reaches gamma."""
+        tables = self._create_tables(width)
+        self._pack(0, self.batch * self.heads, scores, self.profiles, self.patterns, tables, by_row=True)
+        return tables
+
+    def _create_tables(self, width: int) -> BlockTables:
+        counts = (self.batch, self.heads, self.num_blocks)
+        return BlockTables(
+            *(self.query.new_empty(shape, dtype=torch.int32) for shape in (counts, (*counts, width)) * 2)
+        )
+
     def _select_heads(
         self, first: int, count: int, maps: Tensor, thresholds: Tensor, last_ties: Tensor, tables: BlockTables
     ) -> None:
         config, num_blocks = self.config, self.num_blocks
         if config.tau > 0:
             tile = 64
-            self._run(
+            self.run(
                 estimate_attention,
                 (triton.cdiv(num_blocks, tile), count),
                 (
@@ -362,7 +395,7 @@ class _Launch:
         columns = min(triton.next_power_of_2(num_blocks), 4096)
         is_dense = min(config.gammas) == 1
         if not is_dense:
-            self._run(
+            self.run(
                 find_thresholds,
                 (2, count),
                 (
@@ -388,37 +421,7 @@ class _Launch:
             )
         if not is_dense and config.tau > 0 and not is_small:
             self._narrow_maps(first, count, maps, thresholds, last_ties)
-        self._run(
-            pack_blocks,
-            (count * num_blocks,),
-            (
-                self.profiles,
-                maps,
-                self.patterns,
-                thresholds,
-                last_ties,
-                self.key_peak,
-                self.value_peak,
-                self.gammas,
-                *tables,
-                first,
-                num_blocks,
-                self.heads,
-                self.kv_heads,
-                tables.full_kv_indices.shape[-1],
-                count_blocks(config.min_budget, self.block_size),
-                0 if config.max_budget is None else config.max_budget // self.block_size,
-                max(0, self.length - config.dense_last) // self.block_size if config.dense_last else num_blocks,
-            ),
-            {
-                "NUM_BLOCKS": triton.next_power_of_2(num_blocks),
-                "IS_DENSE": is_dense,
-                "HAS_GAMMAS": self.has_gammas,
-                "HAS_CEILING": config.max_budget is not None,
-                "HAS_VALUE": self.value is not None,
-            },
-            num_warps=max(1, min(8, num_blocks // 1024)),
-        )
+        self._pack(first, count, maps, thresholds, last_ties, tables)
 
     def _narrow_maps(self, first: int, count: int, maps: Tensor, thresholds: Tensor, last_ties: Tensor) -> None:
         """Find the thresholds of large maps, in as many turns as their bits can need."""
@@ -433,7 +436,7 @@ class _Launch:
         brackets = self.patterns.new_empty(num_turns, count, 2)
         masses = self.profiles.new_empty(num_turns, count, chunks, sections)
         for turn in range(num_turns + 1):
-            self._run(
+            self.run(
                 narrow_thresholds,
                 (chunks if turn < num_turns else 1, count),
                 (
@@ -460,3 +463,49 @@ class _Launch:
                 },
                 num_warps=8,
             )
+
+    def _pack(
+        self,
+        first: int,
+        count: int,
+        maps: Tensor,
+        thresholds: Tensor,
+        last_ties: Tensor,
+        tables: BlockTables,
+        *,
+        by_row: bool = False,
+    ) -> None:
+        config, num_blocks = self.config, self.num_blocks
+        self.run(
+            pack_blocks,
+            (count * num_blocks,),
+            (
+                self.profiles,
+                maps,
+                self.patterns,
+                thresholds,
+                last_ties,
+                self.key_peak,
+                self.value_peak,
+                self.gammas,
+                config.gammas[0],
+                *tables,
+                first,
+                num_blocks,
+                self.heads,
+                self.kv_heads,
+                tables.full_kv_indices.shape[-1],
+                count_blocks(config.min_budget, self.block_size),
+                0 if config.max_budget is None else config.max_budget // self.block_size,
+                max(0, self.length - config.dense_last) // self.block_size if config.dense_last else num_blocks,
+            ),
+            {
+                "NUM_BLOCKS": triton.next_power_of_2(num_blocks),
+                "BY_ROW": by_row,
+                "IS_DENSE": min(config.gammas) == 1,
+                "HAS_GAMMAS": self.has_gammas,
+                "HAS_CEILING": config.max_budget is not None,
+                "HAS_VALUE": self.value is not None,
+            },
+            num_warps=max(1, min(8, num_blocks // 1024)),
+        )

@@ -3,7 +3,8 @@
     estimate_attention    pooled query x pooled key -> the attention of query-aware heads
     find_thresholds       the mass from which on entries reach gamma, for each profile and each small map
     narrow_thresholds     the same for large maps, in several launches
-    pack_blocks           thresholds, budgets, sink and diagonal -> FlexAttention's tables
+    pack_blocks           thresholds, budgets, sink and diagonal -> FlexAttention's tables; or scores, with a threshold
+                          for each row
 
 Nothing is sorted. An entry is selected if its mass lies above a threshold, or equals it and stands no further right
 than the last one needed. Masses are not negative, so that their float32 bits, read as integers, order them.
@@ -329,6 +330,7 @@ def pack_blocks(
     key_peak: tl.tensor,
     value_peak: tl.tensor,
     gammas: tl.tensor,
+    gamma: float,
     diagonal_counts: tl.tensor,
     diagonal_indices: tl.tensor,
     full_counts: tl.tensor,
@@ -342,6 +344,7 @@ def pack_blocks(
     max_blocks: int,
     first_dense: int,
     NUM_BLOCKS: tl.constexpr,
+    BY_ROW: tl.constexpr,
     IS_DENSE: tl.constexpr,
     HAS_GAMMAS: tl.constexpr,
     HAS_CEILING: tl.constexpr,
@@ -349,6 +352,7 @@ def pack_blocks(
 ) -> None:
     """Select and pack the blocks of one query row, all of them from row ``first_dense`` on.
 
+    With BY_ROW, a row of the map reaches gamma by itself, and ``thresholds`` and ``last_ties`` are not read.
     Grid: (heads * num_blocks,).
     """
     estimate += (tl.program_id(0) // num_blocks).to(tl.int64) * num_blocks * num_blocks
@@ -360,8 +364,13 @@ def pack_blocks(
 
     if pattern == QUERY_AWARE:
         place = row * num_blocks + column
-        score = tl.load(estimate + place, mask=optional, other=0.0)
-        selected = _reaches(score, place, thresholds + program * 2, last_ties + program * 2)
+        score = tl.load(estimate + place, mask=column <= row, other=0.0)
+        if BY_ROW:
+            if HAS_GAMMAS:
+                gamma = tl.load(gammas + program % heads)
+            selected = _fewest(score, gamma)
+        else:
+            selected = _reaches(score, place, thresholds + program * 2, last_ties + program * 2)
     elif pattern == EVERY_BLOCK:
         # Under a ceiling, blocks that are not finite come first.
         batch_kv = program // heads * kv_heads + program % heads // (heads // kv_heads)
@@ -404,6 +413,28 @@ def _reaches(mass: tl.tensor, place: tl.tensor, threshold: tl.tensor, last_tie: 
     """Tell which entries belong to the fewest that reach gamma."""
     threshold = tl.load(threshold)
     return (mass > threshold) | ((mass == threshold) & (place <= tl.load(last_tie)))
+
+
+@triton.jit
+def _fewest(mass: tl.tensor, gamma: float) -> tl.tensor:
+    """Return the fewest entries of a vector that reach gamma of its sum; equal ones from the left."""
+    bits = tl.maximum(mass.to(tl.int32, bitcast=True), 0)  # -0.0 is 0
+    exact = mass.to(tl.float64)
+    goal = tl.sum(exact, 0) * gamma
+    low = tl.full([], 0, tl.int32)
+    high = tl.max(bits, 0) + 1
+    above = goal * 0
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        reached = tl.sum(tl.where(bits >= middle, exact, 0.0), 0)
+        is_enough = reached >= goal
+        low = tl.where(is_enough, middle, low)
+        high = tl.where(is_enough, high, middle)
+        above = tl.where(is_enough, above, reached)
+    is_tie = bits == low
+    ties_before = tl.cumsum(is_tie.to(tl.int32), 0) - 1
+    threshold = low.to(tl.float32, bitcast=True).to(tl.float64)
+    return (bits > low) | (is_tie & (above + ties_before.to(tl.float64) * threshold < goal))
 
 
 @triton.jit

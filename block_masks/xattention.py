@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flexprefill_compile.block_masks.block_shares import Columns, Rows, compute_block_shares
 from flexprefill_compile.block_masks.estimator_inputs import EstimatorInputs
+from flexprefill_compile.block_masks.fused_shares import try_share_antidiagonals
 from flexprefill_compile.block_masks.layout import take_blocks
 
 STRIDE = 8
@@ -31,7 +32,11 @@ def score_antidiagonals(inputs: EstimatorInputs, stride: int) -> Tensor:
         inputs: Of the attention call.
         stride: Tokens to a side of a tile, a divisor of the block size.
     """
+    shares = try_share_antidiagonals(inputs, stride)
+    return _score_by_tiles(inputs, stride) if shares is None else shares
 
+
+def _score_by_tiles(inputs: EstimatorInputs, stride: int) -> Tensor:
     def take(first: int, last: int) -> Tensor:
         return _list_tiles(inputs, inputs.query, inputs.query_counts, stride, first, last).flip(-2).flatten(-2)
 
