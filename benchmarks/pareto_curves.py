@@ -53,6 +53,9 @@ class Method(NamedTuple):
     block_size: int
 
 
+LINE_STYLES = ("-", "--", ":")
+
+
 class Curve:
     """The best that a method's settings give: the lowest ratio at up to each density.
 
@@ -176,18 +179,21 @@ def plot_curves(curves: Curves, points: Sequence[Point], path: Path) -> None:
 
     texts = list(dict.fromkeys(task.text for task in curves))
     lengths = list(dict.fromkeys(task.tokens for task in curves))
-    methods = sorted({method for each in curves.values() for method in each})
+    methods = {method for each in curves.values() for method in each}
+    estimators = sorted({method.estimator for method in methods} - {"oracle"})
+    block_sizes = sorted({method.block_size for method in methods}, reverse=True)
     figure, grid = plt.subplots(
         len(texts), len(lengths), figsize=(4.5 * len(lengths) + 1, 3.4 * len(texts) + 0.6), squeeze=False, sharey="row"
     )
     for task, found in curves.items():
         axes = grid[texts.index(task.text)][lengths.index(task.tokens)]
         for method, curve in found.items():
-            color = "black" if method.estimator == "oracle" else f"C{methods.index(method)}"
+            color = "black" if method.estimator == "oracle" else f"C{estimators.index(method.estimator)}"
+            style = LINE_STYLES[block_sizes.index(method.block_size) % len(LINE_STYLES)]
             own = [p for p in points if Task(p.text, p.tokens) == task and Method(p.estimator, p.block_size) == method]
-            axes.scatter([p.density for p in own], [p.ratio for p in own], s=6, color=color, alpha=0.35)
-            label = method.estimator if len({m.block_size for m in methods}) == 1 else " ".join(map(str, method))
-            axes.plot(*zip(*curve.knots, strict=True), color=color, label=label, linewidth=1.3)
+            axes.scatter([p.density for p in own], [p.ratio for p in own], s=4, color=color, alpha=0.3)
+            label = method.estimator if len(block_sizes) == 1 else f"{method.estimator}, blocks {method.block_size}"
+            axes.plot(*zip(*curve.knots, strict=True), color=color, linestyle=style, label=label, linewidth=1.3)
         axes.set(title=f"{task.text}, {task.tokens} tokens", xlabel="density", ylim=(0.995, 1.1), xlim=(0, 1))
         axes.axhline(1, color="grey", linewidth=0.6)
     for row in grid:
