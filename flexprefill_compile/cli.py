@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,25 +34,27 @@ def _create_parser() -> argparse.ArgumentParser:
     _add_audit(commands)
     _add_calibrate(commands)
     _add_evaluate(commands)
-    tune = commands.add_parser(
-        "tune",
-        help="measure from what length on sparse prefill pays on this machine",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    tune.set_defaults(run=_run_tune)
+    tune = _add_command(commands, "tune", _run_tune, "measure from what length on sparse prefill pays on this machine")
     _add_shape(tune)
     _add_bench(commands)
     _add_model_bench(commands)
     return parser
 
 
-def _add_bench(commands: Any) -> None:
-    bench = commands.add_parser(
-        "bench",
-        help="time the attention of one layer, by stage, beside dense attention",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def _add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    bench.set_defaults(run=_run_bench)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_bench(commands: Any) -> None:
+    bench = _add_command(
+        commands, "bench", _run_bench, "time the attention of one layer, by stage, beside dense attention"
+    )
     _add_shape(bench)
     bench.add_argument("--inputs", nargs="+", default=["structured", "random"], choices=INPUT_KINDS)
     bench.add_argument("--model", type=Path, help="where real inputs come from, as for demo (SmolLM2-135M-Instruct)")
@@ -69,12 +71,12 @@ def _add_bench(commands: Any) -> None:
 
 
 def _add_model_bench(commands: Any) -> None:
-    bench = commands.add_parser(
+    bench = _add_command(
+        commands,
         "bench-model",
-        help="time a Llama-shaped model with random weights to its first token, dense and sparse",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        _run_model_bench,
+        "time a Llama-shaped model with random weights to its first token, dense and sparse",
     )
-    bench.set_defaults(run=_run_model_bench)
     _add_shape(bench, head_dim=False)
     bench.add_argument("--layers", type=_positive, default=32, metavar="N")
     bench.add_argument("--hidden", type=_positive, default=4096, metavar="N")
@@ -86,24 +88,19 @@ def _add_model_bench(commands: Any) -> None:
 
 
 def _add_demo(commands: Any) -> None:
-    demo = commands.add_parser(
-        "demo",
-        help="prefill a real model dense and sparse, and compare",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    demo.set_defaults(run=_run_demo)
+    demo = _add_command(commands, "demo", _run_demo, "prefill a real model dense and sparse, and compare")
     _add_prompt(demo)
     _add_selection(demo)
     demo.add_argument("--rounds", type=_positive, default=3, metavar="N", help="timed prefills of each kind, in turn")
 
 
 def _add_audit(commands: Any) -> None:
-    audit = commands.add_parser(
+    audit = _add_command(
+        commands,
         "audit",
-        help="measure what sparse prefill of a model loses: by layer and head, and in its predictions",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        _run_audit,
+        "measure what sparse prefill of a model loses: by layer and head, and in its predictions",
     )
-    audit.set_defaults(run=_run_audit)
     _add_prompt(audit)
     _add_selection(audit)
     audit.add_argument("--rows", type=_positive, default=128, metavar="N", help="query rows a head to compute exactly")
@@ -112,12 +109,12 @@ def _add_audit(commands: Any) -> None:
 
 
 def _add_calibrate(commands: Any) -> None:
-    calibrate = commands.add_parser(
+    calibrate = _add_command(
+        commands,
         "calibrate",
-        help="find the cheapest settings by layer that keep a model's loss within a bound",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        _run_calibrate,
+        "find the cheapest settings by layer that keep a model's loss within a bound",
     )
-    calibrate.set_defaults(run=_run_calibrate)
     calibrate.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the policy goes, as JSON")
     calibrate.add_argument("--model", type=Path, help="a Hugging Face model folder or a GGUF file (SmolLM2)")
     calibrate.add_argument(
@@ -133,12 +130,12 @@ def _add_calibrate(commands: Any) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    evaluate = commands.add_parser(
+    evaluate = _add_command(
+        commands,
         "evaluate",
-        help="long-context tasks on a real model, prefilled dense and sparse, side by side",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        _run_evaluate,
+        "long-context tasks on a real model, prefilled dense and sparse, side by side",
     )
-    evaluate.set_defaults(run=_run_evaluate)
     evaluate.add_argument("--model", type=Path, help="a Hugging Face folder or a GGUF file (SmolLM2-135M-Instruct)")
     evaluate.add_argument("--device", default="cpu", help="cpu or cuda")
     evaluate.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)}")
