@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flexprefill_compile.ops import ATTEND_DENSELY, IS_SPARSE, empty_attention
+from flexprefill_compile.ops import ATTEND_DENSELY, IS_SPARSE
+from flexprefill_compile.torch_internals import attention_strides
 
 # The fastest first: on an H200 cuDNN's kernel takes half the time of FlashAttention's.
 DENSE_BACKENDS = [
@@ -40,7 +41,8 @@ def _is_sparse(
         return torch.ones((), dtype=torch.bool)
     num_blocks = kv_num_blocks.shape[-1]
     num_causal = kv_num_blocks.numel() * (num_blocks + 1) / 2
-    computed = kv_num_blocks.sum(dtype=torch.int64) + full_kv_num_blocks.sum(dtype=torch.int64)
+    # Row by row first: int32 holds that, and a sum into int64 copies its input.
+    computed = (kv_num_blocks + full_kv_num_blocks).sum(-1, dtype=torch.int32).sum()
     return torch.tensor(computed.item() <= max_density * num_causal)
 
 
@@ -59,8 +61,10 @@ def _attend_densely(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
         output = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
         )
-    room = empty_attention(query, key, value, scale)
-    return output if output.stride() == room.stride() else room.copy_(output)
+    strides = attention_strides(output, query)
+    if output.stride() == strides:
+        return output
+    return output.new_empty_strided(output.shape, strides).copy_(output)
 
 
 torch.library.impl(IS_SPARSE, ("CPU", "CUDA"), _is_sparse)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 
-from flexprefill_compile.torch_internals import lay_out_as_query
+from flexprefill_compile.torch_internals import attention_strides
 
 NAMESPACE = "flexprefill"
 SELECT_BLOCKS = f"{NAMESPACE}::select_blocks"
@@ -109,15 +109,15 @@ def _empty_tables(query: Tensor, num_q_blocks: int, width: int) -> tuple[Tensor,
     )
 
 
-def empty_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Return room for the output of attention, laid out as FlexAttention does: axes in the query's order."""
-    return lay_out_as_query(query.new_empty((*query.shape[:-1], value.shape[-1])), query)
-
-
 def _fake_is_sparse(
     kv_num_blocks: Tensor, full_kv_num_blocks: Tensor, length: int, max_density: float, from_length: int
 ) -> Tensor:
     return torch.empty((), dtype=torch.bool, device="cpu")
+
+
+def _fake_attend_densely(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    return output.new_empty_strided(output.shape, attention_strides(output, query))
 
 
 def _fake_realize(x: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ torch.library.register_fake(CHECK_MASK, _fake_check_mask, lib=_library)
 torch.library.impl(CHECK_MASK, "CompositeExplicitAutograd", _check_mask, lib=_library)
 torch.library.register_fake(OBSERVE, _fake_observe, lib=_library)
 torch.library.register_fake(IS_SPARSE, _fake_is_sparse, lib=_library)
-torch.library.register_fake(ATTEND_DENSELY, empty_attention, lib=_library)
+torch.library.register_fake(ATTEND_DENSELY, _fake_attend_densely, lib=_library)
 torch.library.register_fake(SELECT_BLOCKS, _fake_select_blocks, lib=_library)
 torch.library.register_fake(SELECT_MASKED_BLOCKS, _fake_select_masked_blocks, lib=_library)
 torch.library.register_fake(REALIZE, _fake_realize, lib=_library)

@@ -41,6 +41,7 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "PassesThroughDynamo",
+    "attention_strides",
     "compile_with_inductor",
     "compiler_config",
     "complete_kernel_options",
@@ -50,7 +51,6 @@ __all__ = [
     "has_cuda_graphs",
     "inductor_option_names",
     "is_flash_available",
-    "lay_out_as_query",
     "list_mode_options",
     "make_fx_under",
     "maybe_mark_dynamic",
@@ -197,9 +197,9 @@ def complete_kernel_options(options: dict[str, Any], query: Tensor, key: Tensor,
     return dict(completed)
 
 
-def lay_out_as_query(output: Tensor, query: Tensor) -> Tensor:
-    """Copy an attention's output to the strides that FlexAttention gives it; empty ones cost nothing as fakes."""
-    return _permute_strides(output, query.stride())
+def attention_strides(output: Tensor, query: Tensor) -> tuple[int, ...]:
+    """Return the strides that FlexAttention gives an output of this shape."""
+    return _permute_strides(output.to("meta"), query.stride()).stride()
 
 
 def is_flash_available() -> bool:
