@@ -62,6 +62,7 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
     bench.add_argument("--min-budget", type=int, default=SparsePrefillConfig.min_budget, metavar="N")
     bench.add_argument("--max-budget", type=_positive, metavar="N", help="tokens of a row to compute at most")
+    bench.add_argument("--estimator", default="flexprefill", metavar="NAME", help="how blocks are chosen")
     bench.add_argument("--max-density", type=float, help="also time the call as it runs under this ceiling")
     bench.add_argument("--kernel-backend", default=SparsePrefillConfig.kernel_backend, choices=KERNEL_BACKENDS)
     bench.add_argument("--calls", type=_positive, default=15, metavar="N", help="timed calls of each kind, at most")
@@ -201,6 +202,7 @@ def _run_bench(options: argparse.Namespace) -> None:
         min_budget=options.min_budget,
         max_budget=options.max_budget,
         max_density=options.max_density,
+        estimator=options.estimator,
         kernel_backend=options.kernel_backend,
     )
     plan = BenchPlan(

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,49 +51,69 @@ def create_structured_inputs(
 
 
 def time_dense_ms(query: Tensor, key: Tensor, value: Tensor, calls: int) -> dict[str, float]:
-    """Time each dense backend that takes the inputs."""
+    """Time each dense backend that takes the inputs, by its name."""
     times = {}
     for backend in DENSE_BACKENDS[query.device.type]:
-        # RuntimeError: not built in, or not for these inputs.
-        with sdpa_kernel(backend), contextlib.suppress(RuntimeError):
-            times[backend.name.removesuffix("_ATTENTION").lower()] = time_ms(
-                lambda: attend(query, key, value), query.device.type, calls
-            )
+        with contextlib.suppress(RuntimeError):  # not built in, or not for these inputs
+            times[_name(backend)] = time_ms(bind_dense(_name(backend), query, key, value), query.device.type, calls)
     return times
 
 
-def time_ms(run: Callable[[], object], device: str, calls: int) -> float:
-    """Return the median of up to ``calls`` timed calls, in milliseconds, after two that warm up.
+def bind_dense(name: str, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+    """Return the call of a dense backend, by the name that ``time_dense_ms`` gives it."""
+    backend = next(backend for backend in DENSE_BACKENDS[query.device.type] if _name(backend) == name)
 
-    Slow calls are timed less often: together they take about ``LONGEST_TIMING_MS``. Of those that would be timed but
-    once, the second that warms up is the measurement.
+    def attend_by_backend() -> Tensor:
+        with sdpa_kernel(backend):
+            return attend(query, key, value)
+
+    return attend_by_backend
+
+
+def _name(backend: SDPBackend) -> str:
+    return backend.name.removesuffix("_ATTENTION").lower()
+
+
+def time_ms(run: Callable[[], object], device: str, calls: int) -> float:
+    """Return the median of up to ``calls`` timed calls, as ``time_in_turns_ms`` does."""
+    return time_in_turns_ms([run], device, calls)[0]
+
+
+def time_in_turns_ms(runs: Sequence[Callable[[], object]], device: str, calls: int) -> list[float]:
+    """Return the median of up to ``calls`` timed calls of each, in milliseconds, after two that warm up.
+
+    They take turns, so that a clock that slows down slows all of them. Slow calls are timed less often: a kind of them
+    takes about ``LONGEST_TIMING_MS``. Of those that would be timed but once, the second that warms up is the
+    measurement.
 
     On a GPU, of CUDA events around calls that are queued together, as the layers of a model queue theirs: the time of
     the device, or of the host where that is longer.
     """
-    run()
+    for run in runs:
+        run()
+    warm_ms = [_time_once_ms(run, device) for run in runs]
+    calls = min(calls, int(LONGEST_TIMING_MS * len(runs) / sum(warm_ms)))
+    if calls < 2:
+        return warm_ms
+    if device == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls * len(runs) + 1)]
+        torch.cuda.synchronize()
+        marks[0].record()
+        for mark, run in zip(marks[1:], itertools.cycle(runs), strict=False):
+            run()
+            mark.record()
+        torch.cuda.synchronize()
+        times = [float(a.elapsed_time(b)) for a, b in itertools.pairwise(marks)]
+    else:
+        times = [_time_once_ms(run, device) for _ in range(calls) for run in runs]
+    return [statistics.median(times[turn :: len(runs)]) for turn in range(len(runs))]
+
+
+def _time_once_ms(run: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    warm_ms = (time.perf_counter() - start) * 1e3
-    calls = min(calls, int(LONGEST_TIMING_MS / warm_ms))
-    if calls < 2:
-        return warm_ms
-    if device == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
-        torch.cuda.synchronize()
-        marks[0].record()
-        for mark in marks[1:]:
-            run()
-            mark.record()
-        torch.cuda.synchronize()
-        return statistics.median(float(a.elapsed_time(b)) for a, b in itertools.pairwise(marks))
-    times = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+    return (time.perf_counter() - start) * 1e3

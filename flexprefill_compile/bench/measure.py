@@ -18,7 +18,7 @@ from flexprefill_compile.block_masks import record_densities
 from flexprefill_compile.block_masks.layout import BlockTables, count_blocks, create_causal_grid, pack_causal_blocks
 from flexprefill_compile.block_masks.prefill import create_block_mask
 from flexprefill_compile.config import SparsePrefillConfig
-from flexprefill_compile.workloads import attend, time_dense_ms, time_ms
+from flexprefill_compile.workloads import attend, bind_dense, time_dense_ms, time_in_turns_ms, time_ms
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -57,7 +57,9 @@ def measure(
     }
     figures["floors_ms"] = compute_floors(query, key, value, config.block_size, figures["density"], rates)
     if config.max_density is not None:
-        figures["ceiling_ms"] = time_ms(_compile_sparse(config, inputs), device, calls)
+        fastest = bind_dense(min(dense, key=lambda name: dense[name]), query, key, value)
+        ceiling_ms, dense_ms = time_in_turns_ms([_compile_sparse(config, inputs), fastest], device, calls)
+        figures["ceiling"] = {"ms": ceiling_ms, "dense_ms": dense_ms}
     if device == "cuda":
         figures |= _measure_on_gpu(select, sparse, calls)
     for name, peer in peers.items():
@@ -79,7 +81,7 @@ def _compile_sparse(config: SparsePrefillConfig, inputs: Inputs, **options: Any)
     """Compile attention as a user would."""
     given = {
         name: getattr(config, name)
-        for name in ("gamma", "min_budget", "max_budget", "max_density", "block_size", "kernel_backend")
+        for name in ("gamma", "min_budget", "max_budget", "max_density", "block_size", "estimator", "kernel_backend")
     }
     given |= {"kernel_options": dict(config.kernel_options)} | options
     compiled = torch.compile(attend, backend=FlexPrefillBackend(), dynamic=False, options=given)

@@ -48,7 +48,7 @@ def _lines(runs: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]
     for run in runs:
         times = {f"dense {name}": time for name, time in run["dense_ms"].items()}
         times |= {"dense flex": run["dense_flex_ms"], "selection": run["selection_ms"], "sparse": run["sparse_ms"]}
-        times |= {"under the ceiling": run["ceiling_ms"]} if "ceiling_ms" in run else {}
+        times |= {"under the ceiling": run["ceiling"]["ms"]} if "ceiling" in run else {}
         times |= {name: figures["ms"] for name, figures in run.get("peers", {}).items()}
         for name, time in times.items():
             lines.setdefault(name, []).append((run["tokens"], time))

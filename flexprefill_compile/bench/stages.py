@@ -10,6 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 from flexprefill_compile.bench.rates import ATTENTION
 
 SELECTION_STAGES = (
+    "score_pieces",
+    "pool_pieces",
     "pool_inputs",
     "score_representative",
     "pool_masses",

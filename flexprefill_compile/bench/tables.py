@@ -14,7 +14,7 @@ def format_totals(runs: Sequence[dict[str, Any]]) -> str:
     """Lay out each run in a line, and below the table why a run is missing.
 
     Times in milliseconds; "replayed" is a CUDA graph of the same call. The speed-up is over the fastest dense backend,
-    "under the ceiling" in times of that backend.
+    "under the ceiling" in times of that backend, the two called in turn.
     """
     measured = [run for run in runs if "note" not in run]
     notes = [f"{run['tokens']} {run['inputs']}: {run['note']}" for run in runs if "note" in run]
@@ -31,7 +31,7 @@ def _describe(run: dict[str, Any]) -> dict[str, str]:
     cells = {
         "tokens": str(run["tokens"]),
         "inputs": run["inputs"],
-        "blocks": f"{run['density']:.0%}",
+        "blocks": f"{run['density']:.1%}",
         "recall (p10)": f"{run['recall']['mean']:.3f} ({run['recall']['p10']:.3f})",
         "error": f"{run['error']:.3f}",
     }
@@ -45,21 +45,23 @@ def _describe(run: dict[str, Any]) -> dict[str, str]:
     if "sparse_replayed_ms" in run:
         cells["replayed"] = f"{fastest / run['sparse_replayed_ms']:.2f}x"
         cells["peak"] = f"{run['sparse_peak_mib']:.0f} MiB"
-    if "ceiling_ms" in run:
-        cells["under the ceiling"] = f"{run['ceiling_ms']:.2f} ({run['ceiling_ms'] / fastest:.2f} of dense)"
+    if ceiling := run.get("ceiling"):
+        cells["under the ceiling"] = f"{ceiling['ms']:.2f} ({ceiling['ms'] / ceiling['dense_ms']:.3f} of dense)"
     for name, figures in run.get("peers", {}).items():
         cells[name] = f"{figures['ms']:.2f} (error {figures['error']:.3f})"
     return cells
 
 
 def format_stages(runs: Sequence[dict[str, Any]]) -> str:
-    """Lay out the stages of each run, in brackets how many times its floor a stage takes; "" without stages."""
+    """Lay out the stages that ran, in brackets how many times its floor a stage takes; "" without stages."""
     runs = [run for run in runs if "stages_ms" in run]
     if not runs:
         return ""
     header = ("stage, ms", *(f"{run['tokens']} {run['inputs']}" for run in runs))
     rows = []
     for stage in (*SELECTION_STAGES, ATTENTION):
+        if not any(run["stages_ms"][stage] for run in runs):
+            continue
         cells = []
         for run in runs:
             floor = run["floors_ms"].get(stage)
