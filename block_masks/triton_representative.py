@@ -200,52 +200,119 @@ def score_representative(
     )
     row_offset = (first % BLOCK + row % num_rows).to(tl.float32) / BLOCK
     key += batch * key_batch + kv_head * key_head
-    token = tl.arange(0, KEYS)
     chunk_largest = tl.full([ROWS], -1e38, tl.float32)
     chunk_total = tl.zeros([ROWS], tl.float32)
 
-    for block in range(chunk * chunk_blocks, tl.minimum((chunk + 1) * chunk_blocks, num_blocks)):
-        largest = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        after = tl.zeros([ROWS], tl.float32)
-        before = tl.zeros([ROWS], tl.float32)
-        beyond = tl.zeros([ROWS], tl.float32)
-        for part in tl.static_range(BLOCK // KEYS):
-            start = block * BLOCK + part * KEYS
-            keys = tl.load(
-                key + start.to(tl.int64) * key_token + token[:, None] * key_token + feature[None, :] * key_feature,
-                mask=(start + token < length)[:, None] & is_feature[None, :],
-                other=0,
-            )
-            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2e
-            scores = tl.where((start + token)[None, :] <= position[:, None], scores, float("-inf"))
-            new_largest = tl.maximum(largest, tl.max(scores, 1))
-            reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-            decay = tl.exp2(largest - reference)
-            mass = tl.exp2(scores - reference[:, None])
-            offset = row_offset[:, None] - ((part * KEYS + token).to(tl.float32) / BLOCK)[None, :]
-            total = total * decay + tl.sum(mass, 1)
-            after = after * decay + tl.sum(mass * tl.maximum(offset, 0.0), 1)
-            before = before * decay + tl.sum(mass * tl.maximum(-offset, 0.0), 1)
-            if IS_RAGGED:
-                beyond = beyond * decay + tl.sum(mass * tl.maximum(offset - 1.0, 0.0), 1)
-            largest = new_largest
-
-        reference = tl.where(largest == float("-inf"), 0.0, largest)
-        share = tl.where(total > 0, 1.0 / total, 0.0)
+    # Blocks before ``sure`` lie in the past of every row.
+    stop = tl.minimum((chunk + 1) * chunk_blocks, num_blocks)
+    sure = tl.minimum(tl.maximum((first + 1) // BLOCK, chunk * chunk_blocks), stop)
+    for block in range(chunk * chunk_blocks, sure):
+        log_mass, after, before, beyond = _score_block(
+            queries, key, block, length, position, row_offset, scale_log2e, key_token, key_feature,
+            HEAD_DIM, WIDTH, BLOCK, ROWS, KEYS, IS_RAGGED, False, PRECISION,
+        )  # fmt: skip
         entry = (batch_kv * num_blocks + block) * group_rows + row
-        log_mass = reference + tl.log2(total)
-        tl.store(masses + entry, log_mass, mask=is_row)
-        tl.store(masses + plane + entry, after * share, mask=is_row)
-        tl.store(masses + 2 * plane + entry, before * share, mask=is_row)
-        if IS_RAGGED:
-            tl.store(masses + 3 * plane + entry, beyond * share, mask=is_row)
-        new_largest = tl.maximum(chunk_largest, log_mass)
-        chunk_total = chunk_total * tl.exp2(chunk_largest - new_largest) + tl.exp2(log_mass - new_largest)
-        chunk_largest = new_largest
+        _store_masses(masses + entry, plane, log_mass, after, before, beyond, is_row, IS_RAGGED)
+        chunk_largest, chunk_total = _add_mass(chunk_largest, chunk_total, log_mass)
+    for block in range(sure, stop):
+        log_mass, after, before, beyond = _score_block(
+            queries, key, block, length, position, row_offset, scale_log2e, key_token, key_feature,
+            HEAD_DIM, WIDTH, BLOCK, ROWS, KEYS, IS_RAGGED, True, PRECISION,
+        )  # fmt: skip
+        entry = (batch_kv * num_blocks + block) * group_rows + row
+        _store_masses(masses + entry, plane, log_mass, after, before, beyond, is_row, IS_RAGGED)
+        chunk_largest, chunk_total = _add_mass(chunk_largest, chunk_total, log_mass)
 
     entry = (batch_kv * tl.num_programs(1) + chunk) * group_rows + row
     tl.store(chunk_masses + entry, chunk_largest + tl.log2(chunk_total), mask=is_row)
+
+
+@triton.jit
+def _score_block(
+    queries: tl.tensor,
+    key: tl.tensor,
+    block: int,
+    length: int,
+    position: tl.tensor,
+    row_offset: tl.tensor,
+    scale_log2e: float,
+    key_token: tl.tensor,
+    key_feature: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
+    IS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """Return the log2 of each row's mass on a key block, and the three means over it, each (ROWS,).
+
+    Only with IS_LAST may some row not see some key.
+    """
+    token = tl.arange(0, KEYS)
+    feature = tl.arange(0, WIDTH)
+    is_feature = feature < HEAD_DIM
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    moment = tl.zeros([ROWS], tl.float32)
+    after = tl.zeros([ROWS], tl.float32)
+    beyond = tl.zeros([ROWS], tl.float32)
+    for part in tl.static_range(BLOCK // KEYS):
+        start = block * BLOCK + part * KEYS
+        inside = is_feature[None, :]
+        if IS_LAST:
+            inside = (start + token < length)[:, None] & inside
+        keys = tl.load(
+            key + start.to(tl.int64) * key_token + token[:, None] * key_token + feature[None, :] * key_feature,
+            mask=inside,
+            other=0,
+        )
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2e
+        if IS_LAST:
+            scores = tl.where((start + token)[None, :] <= position[:, None], scores, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        decay = tl.exp2(largest - reference)
+        mass = tl.exp2(scores - reference[:, None])
+        place = ((part * KEYS + token).to(tl.float32) / BLOCK)[None, :]
+        offset = row_offset[:, None] - place
+        total = total * decay + tl.sum(mass, 1)
+        moment = moment * decay + tl.sum(mass * place, 1)
+        after = after * decay + tl.sum(mass * tl.maximum(offset, 0.0), 1)
+        if IS_RAGGED:
+            beyond = beyond * decay + tl.sum(mass * tl.maximum(offset - 1.0, 0.0), 1)
+        largest = new_largest
+    share = tl.where(total > 0, 1.0 / total, 0.0)
+    # max(u, 0) - max(-u, 0) is u: its mean is that of the row's place less that of the keys.
+    before = tl.maximum((after + moment) * share - tl.where(total > 0, row_offset, 0.0), 0.0)
+    log_mass = tl.where(largest == float("-inf"), 0.0, largest) + tl.log2(total)
+    return log_mass, after * share, before, beyond * share
+
+
+@triton.jit
+def _store_masses(
+    masses: tl.tensor,
+    plane: int,
+    log_mass: tl.tensor,
+    after: tl.tensor,
+    before: tl.tensor,
+    beyond: tl.tensor,
+    is_row: tl.tensor,
+    IS_RAGGED: tl.constexpr,
+) -> None:
+    tl.store(masses, log_mass, mask=is_row)
+    tl.store(masses + plane, after, mask=is_row)
+    tl.store(masses + 2 * plane, before, mask=is_row)
+    if IS_RAGGED:
+        tl.store(masses + 3 * plane, beyond, mask=is_row)
+
+
+@triton.jit
+def _add_mass(largest: tl.tensor, total: tl.tensor, log_mass: tl.tensor) -> tl.tensor:
+    new_largest = tl.maximum(largest, log_mass)
+    return new_largest, total * tl.exp2(largest - new_largest) + tl.exp2(log_mass - new_largest)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 
@@ -16,6 +17,7 @@ from flexprefill_compile.block_masks.select import select_cumulative
 from flexprefill_compile.config import SparsePrefillConfig
 
 triton_kernels = pytest.importorskip("flexprefill_compile.block_masks.triton_kernels", reason="needs Triton")
+triton_choice = importlib.import_module("flexprefill_compile.block_masks.triton_choice")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies the bits of bfloat16 numbers as if they were integers.
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
@@ -91,8 +93,8 @@ def test_inputs_of_any_strides() -> None:
 
 
 def test_large_maps_are_searched_by_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "MOST_BLOCKS_SMALL", 4)
-    monkeypatch.setattr(triton_kernels, "MAPS_AT_ONCE_BYTES", 1)  # one head at a time
+    monkeypatch.setattr(triton_choice, "MOST_BLOCKS_SMALL", 4)
+    monkeypatch.setattr(triton_choice, "MAPS_AT_ONCE_BYTES", 1)  # one head at a time
     config = SparsePrefillConfig(gamma=0.8, tau=1, min_budget=0, block_size=16)
     selected = assert_same_blocks(*random_qk(3, 1, 2, 1, 150, 16, spread=4, dtype=torch.float32), None, config)
     assert selected.sum() < 0.9 * 2 * 55, "the scenario: not every block is needed"
@@ -115,7 +117,7 @@ def test_heads_that_are_not_finite(poison: float, max_budget: int | None, poison
 def test_each_head_has_its_own_gamma_and_the_last_rows_are_dense(
     monkeypatch: pytest.MonkeyPatch, tau: float, most_blocks_small: int, max_budget: int | None
 ) -> None:
-    monkeypatch.setattr(triton_kernels, "MOST_BLOCKS_SMALL", most_blocks_small)
+    monkeypatch.setattr(triton_choice, "MOST_BLOCKS_SMALL", most_blocks_small)
     query, key = structured_qk(0, 1, 4, 2, 100, 16, block_size=16, dtype=torch.float32)
     gammas = (0.4, 1.0, 0.9, 0.7)
     config = SparsePrefillConfig(
@@ -137,7 +139,7 @@ def test_thresholds_of_exact_masses_reach_gamma_with_the_fewest_entries(seed: in
     gamma = [0.125, 0.5, 0.75, 0.890625, 0.984375][seed]
     mass = mass.to(DEVICE)
     thresholds, last_ties = torch.empty(1, 2, device=DEVICE), torch.empty(1, 2, dtype=torch.int32, device=DEVICE)
-    triton_kernels.find_thresholds[(2, 1)](
+    triton_choice.find_thresholds[(2, 1)](
         mass,
         mass,
         torch.ones(1, dtype=torch.int32, device=DEVICE),
