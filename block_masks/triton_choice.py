@@ -1,6 +1,6 @@
 """The launches that choose blocks by what was read of the inputs, and pack them.
 
-    estimate_attention -> find_thresholds (-> narrow_thresholds, in turns, for large maps) -> pack_blocks
+    estimate_attention -> find_map_thresholds, or narrow_thresholds in turns for large maps -> pack_blocks
 
 Heads that are not query-aware leave the kernels for maps at once.
 """
@@ -11,21 +11,21 @@ import math
 import struct
 
 import torch
-import triton
 from torch import Tensor
 
 from flexprefill_compile.block_masks.layout import BlockTables, count_blocks
-from flexprefill_compile.block_masks.triton_reading import Reading
-from flexprefill_compile.block_masks.triton_selection import (
+from flexprefill_compile.block_masks.triton_launch import cdiv, next_power_of_2
+from flexprefill_compile.block_masks.triton_maps import (
     ABOVE_ONE,
     estimate_attention,
-    find_thresholds,
+    find_map_thresholds,
     narrow_thresholds,
-    pack_blocks,
 )
+from flexprefill_compile.block_masks.triton_packing import pack_blocks
+from flexprefill_compile.block_masks.triton_reading import Reading
 
 MAPS_AT_ONCE_BYTES = 2**29  # of pooled attention, float32: more heads take more launches
-MOST_BLOCKS_SMALL = 128  # a map of more is searched by several programs
+MOST_BLOCKS_HELD = 256  # a side of a map that fits the registers of one program
 
 
 def choose_blocks(reading: Reading, width: int) -> BlockTables:
@@ -48,14 +48,10 @@ def choose_blocks_by_row(reading: Reading, scores: Tensor, width: int) -> BlockT
 
 
 class _Choice:
-    """The buffers of a choice: maps of the attention of some heads, thresholds, and the tables to fill."""
+    """The buffers of a choice: maps of the attention of some heads, and the tables to fill."""
 
     def __init__(self, reading: Reading, maps: Tensor, width: int) -> None:
         self.reading, self.maps = reading, maps
-        self.is_small = reading.num_blocks <= MOST_BLOCKS_SMALL
-        num_heads = reading.batch * reading.heads
-        self.thresholds = reading.profiles.new_empty(num_heads, 2)
-        self.last_ties = reading.patterns.new_empty(num_heads, 2)
         counts = (reading.batch, reading.heads, reading.num_blocks)
         self.tables = BlockTables(
             *(reading.patterns.new_empty(shape, dtype=torch.int32) for shape in (counts, (*counts, width)) * 2)
@@ -63,13 +59,11 @@ class _Choice:
 
     def choose(self, first: int, count: int) -> None:
         """Choose and pack for ``count`` heads of B * H, from number ``first`` on."""
-        has_maps = self.reading.config.tau > 0
-        if has_maps:
+        if self.reading.config.tau > 0:
             self._estimate(first, count)
-        if min(self.reading.config.gammas) < 1:
-            self._find(first, count)
-            if has_maps and not self.is_small:
-                self._narrow(first, count)
+            if min(self.reading.config.gammas) < 1:
+                search = self._find if self.reading.num_blocks <= MOST_BLOCKS_HELD else self._narrow
+                search(first, count)
         self.pack(first, count)
 
     def _estimate(self, first: int, count: int) -> None:
@@ -78,7 +72,7 @@ class _Choice:
         tile = 64
         reading.run(
             estimate_attention,
-            (triton.cdiv(num_blocks, tile), count),
+            (cdiv(num_blocks, tile), count),
             (
                 reading.pooled_query,
                 reading.pooled_key,
@@ -100,32 +94,29 @@ class _Choice:
         )
 
     def _find(self, first: int, count: int) -> None:
-        """Find the thresholds of profiles, and of maps if they are small."""
-        reading, config, num_blocks = self.reading, self.reading.config, self.reading.num_blocks
-        columns = min(triton.next_power_of_2(num_blocks), 4096)
+        """Find the thresholds of maps that one program can hold."""
+        reading, num_blocks = self.reading, self.reading.num_blocks
+        columns = max(16, next_power_of_2(num_blocks))
         reading.run(
-            find_thresholds,
-            (2, count),
+            find_map_thresholds,
+            (count,),
             (
-                reading.profiles,
                 self.maps,
                 reading.patterns,
-                self.thresholds,
-                self.last_ties,
+                reading.thresholds,
+                reading.last_ties,
                 reading.gammas,
-                config.gammas[0],
+                reading.config.gammas[0],
                 first,
                 num_blocks,
                 reading.heads,
             ),
             {
-                "TILE_ROWS": min(columns, 4096 // columns) if self.is_small else 1,
-                "TILE_COLUMNS": columns,
-                "SECTIONS": 8,
-                "HAS_MAPS": self.is_small and config.tau > 0,
+                "ROWS": columns // 2,
+                "COLUMNS": columns,
                 "HAS_GAMMAS": reading.has_gammas,
             },
-            num_warps=16 if self.is_small else max(4, columns // 256),
+            num_warps=max(4, columns // 8),
         )
 
     def _narrow(self, first: int, count: int) -> None:
@@ -150,8 +141,8 @@ class _Choice:
                     reading.patterns,
                     brackets,
                     masses,
-                    self.thresholds,
-                    self.last_ties,
+                    reading.thresholds,
+                    reading.last_ties,
                     reading.gammas,
                     reading.config.gammas[0],
                     lowest,
@@ -162,7 +153,7 @@ class _Choice:
                     reading.heads,
                 ),
                 {
-                    "TILE": min(triton.next_power_of_2(reading.num_blocks), 256),
+                    "TILE": min(next_power_of_2(reading.num_blocks), 256),
                     "CHUNKS": chunks,
                     "SECTIONS": sections,
                     "HAS_GAMMAS": reading.has_gammas,
@@ -181,8 +172,8 @@ class _Choice:
                 reading.profiles,
                 self.maps,
                 reading.patterns,
-                self.thresholds,
-                self.last_ties,
+                reading.thresholds,
+                reading.last_ties,
                 reading.key_peak,
                 reading.value_peak,
                 reading.gammas,
@@ -198,7 +189,7 @@ class _Choice:
                 max(0, reading.length - config.dense_last) // reading.block_size if config.dense_last else num_blocks,
             ),
             {
-                "NUM_BLOCKS": triton.next_power_of_2(num_blocks),
+                "NUM_BLOCKS": next_power_of_2(num_blocks),
                 "BY_ROW": by_row,
                 "IS_DENSE": min(config.gammas) == 1,
                 "HAS_GAMMAS": reading.has_gammas,

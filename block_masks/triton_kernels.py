@@ -1,7 +1,7 @@
 """The selection of ``prefill.select_prefill_blocks`` on a GPU, by Triton kernels: what of it they take, and how.
 
-    triton_reading    inputs -> what to choose by                    by the kernels of triton_representative
-    triton_choice     that, or an estimator's scores -> tables       by the kernels of triton_selection
+    triton_reading    inputs -> what to choose by                    by the kernels of triton_representative, _patterns
+    triton_choice     that, or an estimator's scores -> tables       by the kernels of triton_maps, triton_packing
 
 Nothing waits for the device, and launch shapes depend on the sizes alone.
 """

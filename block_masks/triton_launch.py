@@ -10,6 +10,17 @@ MOST_SIGNATURES = 1024
 _compiled: dict[Any, dict[Any, Any]] = {}
 
 
+# Triton's own functions of these names take microseconds each, as constants may be given to them too.
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least ``n``, which is at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
 class Launcher:
     """Launches kernels on inputs of one signature.
 

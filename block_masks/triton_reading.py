@@ -10,19 +10,13 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from flexprefill_compile.block_masks.gammas import place_gammas
 from flexprefill_compile.block_masks.layout import count_blocks
-from flexprefill_compile.block_masks.triton_launch import Launcher
-from flexprefill_compile.block_masks.triton_representative import (
-    QUERY_AWARE,
-    choose_patterns,
-    pool_inputs,
-    pool_masses,
-    score_representative,
-)
+from flexprefill_compile.block_masks.triton_launch import Launcher, cdiv, next_power_of_2
+from flexprefill_compile.block_masks.triton_patterns import QUERY_AWARE, choose_patterns
+from flexprefill_compile.block_masks.triton_representative import pool_inputs, pool_masses, score_representative
 from flexprefill_compile.config import SparsePrefillConfig
 
 # Enough programs to fill the largest GPU of today a few times over.
@@ -41,6 +35,8 @@ class Reading:
         value_peak: (B * Hkv, num_blocks) float32, zero, or infinite likewise.
         profiles: (B * H, 2, num_blocks) float32, the mass on columns and diagonals.
         patterns: (B * H,) int32.
+        thresholds: (B * H, 2) float32, from which on columns and diagonals, or a map, reach gamma.
+        last_ties: (B * H, 2) int32, the last places at which entries equal to a threshold are needed.
     """
 
     def __init__(
@@ -58,7 +54,7 @@ class Reading:
         self.num_blocks = count_blocks(self.length, self.block_size)
         self.num_rows = min(self.length, self.block_size)
         self.is_ragged = (self.length - self.num_rows) % self.block_size != 0
-        self.width = max(16, triton.next_power_of_2(self.head_dim))
+        self.width = max(16, next_power_of_2(self.head_dim))
 
         def empty(*shape: int) -> Tensor:
             return query.new_empty(shape, dtype=torch.float32)
@@ -71,6 +67,8 @@ class Reading:
         self.value_peak = empty(kv_heads, self.num_blocks)
         self.profiles = empty(heads, 2, self.num_blocks)
         self.patterns = query.new_empty(heads, dtype=torch.int32)
+        self.thresholds = empty(heads, 2)
+        self.last_ties = query.new_empty((heads, 2), dtype=torch.int32)
         gammas = place_gammas(config, query.device, torch.float32)
         self.has_gammas = isinstance(gammas, Tensor)
         self.gammas = gammas if isinstance(gammas, Tensor) else self.profiles  # read only if there are several
@@ -86,10 +84,10 @@ class Reading:
         rows, keys, num_warps, num_stages = choose_score_tiles(
             group_rows, self.block_size, self.width, query.element_size()
         )
-        row_tiles = triton.cdiv(group_rows, rows)
+        row_tiles = cdiv(group_rows, rows)
         programs = row_tiles * self.batch * self.kv_heads
         chunk_blocks = max(1, self.num_blocks * programs // SCORE_PROGRAMS)
-        num_chunks = triton.cdiv(self.num_blocks, chunk_blocks)
+        num_chunks = cdiv(self.num_blocks, chunk_blocks)
         masses = query.new_empty(
             (4 if self.is_ragged else 3, self.batch * self.kv_heads, self.num_blocks, group_rows), dtype=torch.float32
         )
@@ -130,7 +128,7 @@ class Reading:
         tile = 16
         self.run(
             pool_masses,
-            (triton.cdiv(self.num_blocks, tile), self.batch * self.heads),
+            (cdiv(self.num_blocks, tile), self.batch * self.heads),
             (
                 masses,
                 chunk_masses,
@@ -164,6 +162,10 @@ class Reading:
                 self.value_peak,
                 self.profiles,
                 self.patterns,
+                self.thresholds,
+                self.last_ties,
+                self.gammas,
+                self.config.gammas[0],
                 self.scale,
                 self.config.tau,
                 (self.length - self.num_rows) // self.block_size,
@@ -173,9 +175,10 @@ class Reading:
             ),
             {
                 "HEAD_DIM": self.head_dim,
-                "NUM_BLOCKS": triton.next_power_of_2(self.num_blocks),
+                "NUM_BLOCKS": next_power_of_2(self.num_blocks),
                 "IS_RAGGED": self.is_ragged,
                 "HAS_VALUE": value is not None,
+                "HAS_GAMMAS": self.has_gammas,
             },
             num_warps=max(1, min(8, self.num_blocks // 128)),
         )
@@ -192,7 +195,7 @@ class Reading:
         """Pool queries and keys, and find the blocks that are not finite."""
         query, key, value = self.query, self.key, self.value
         looked_at = query if value is None else value
-        value_width = triton.next_power_of_2(looked_at.shape[-1])
+        value_width = next_power_of_2(looked_at.shape[-1])
         kinds = self.heads + self.kv_heads * (1 if value is None else 2)
         self.run(
             pool_inputs,
@@ -229,7 +232,7 @@ class Reading:
 
 def choose_score_tiles(group_rows: int, block_size: int, width: int, element_size: int) -> tuple[int, int, int, int]:
     """Return the rows and keys of a tile of scores, its warps and its pipeline stages."""
-    rows = min(64, max(16, triton.next_power_of_2(group_rows)))
+    rows = min(64, max(16, next_power_of_2(group_rows)))
     is_narrow = width * element_size <= 256
     largest = (128 if is_narrow else 64) if element_size == 2 else max(16, 4096 // width)
     # A stage holds a whole key block.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -159,26 +160,31 @@ class SparsePrefillConfig:
         )
 
     @classmethod
-    def from_selection(
-        cls,
-        gammas: list[float],
-        tau: float,
-        min_budget: int,
-        max_budget: int | None,
-        block_size: int,
-        dense_last: int,
-        estimator: str,
-    ) -> SparsePrefillConfig:
+    def from_selection(cls, gammas: list[float], *others: Any) -> SparsePrefillConfig:
         """Return the config of which these are the ``selection``."""
-        return cls(
-            gamma=gammas[0] if len(gammas) == 1 else tuple(gammas),
-            tau=tau,
-            min_budget=min_budget,
-            max_budget=max_budget,
-            block_size=block_size,
-            dense_last=dense_last,
-            estimator=estimator,
-        )
+        return _recall_config(tuple(gammas), *others)
+
+
+@functools.lru_cache(maxsize=1024)
+def _recall_config(
+    gammas: tuple[float, ...],
+    tau: float,
+    min_budget: int,
+    max_budget: int | None,
+    block_size: int,
+    dense_last: int,
+    estimator: str,
+) -> SparsePrefillConfig:
+    """Make the config, and check it, once: that takes as long as launching a kernel."""
+    return SparsePrefillConfig(
+        gamma=gammas[0] if len(gammas) == 1 else gammas,
+        tau=tau,
+        min_budget=min_budget,
+        max_budget=max_budget,
+        block_size=block_size,
+        dense_last=dense_last,
+        estimator=estimator,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

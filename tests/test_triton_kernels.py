@@ -17,7 +17,9 @@ from flexprefill_compile.block_masks.select import select_cumulative
 from flexprefill_compile.config import SparsePrefillConfig
 
 triton_kernels = pytest.importorskip("flexprefill_compile.block_masks.triton_kernels", reason="needs Triton")
-triton_choice = importlib.import_module("flexprefill_compile.block_masks.triton_choice")
+triton_choice, triton_maps, triton_patterns = (
+    importlib.import_module(f"flexprefill_compile.block_masks.triton_{name}") for name in ("choice", "maps", "patterns")
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies the bits of bfloat16 numbers as if they were integers.
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
@@ -93,7 +95,7 @@ def test_inputs_of_any_strides() -> None:
 
 
 def test_large_maps_are_searched_by_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_choice, "MOST_BLOCKS_SMALL", 4)
+    monkeypatch.setattr(triton_choice, "MOST_BLOCKS_HELD", 4)
     monkeypatch.setattr(triton_choice, "MAPS_AT_ONCE_BYTES", 1)  # one head at a time
     config = SparsePrefillConfig(gamma=0.8, tau=1, min_budget=0, block_size=16)
     selected = assert_same_blocks(*random_qk(3, 1, 2, 1, 150, 16, spread=4, dtype=torch.float32), None, config)
@@ -113,11 +115,11 @@ def test_heads_that_are_not_finite(poison: float, max_budget: int | None, poison
         assert selected[0, 2:, -1, 70 // 16].all()
 
 
-@pytest.mark.parametrize(("tau", "most_blocks_small", "max_budget"), [(0.0, 128, None), (1.0, 128, 64), (1.0, 0, None)])
+@pytest.mark.parametrize(("tau", "most_blocks_held", "max_budget"), [(0.0, 128, None), (1.0, 128, 64), (1.0, 0, None)])
 def test_each_head_has_its_own_gamma_and_the_last_rows_are_dense(
-    monkeypatch: pytest.MonkeyPatch, tau: float, most_blocks_small: int, max_budget: int | None
+    monkeypatch: pytest.MonkeyPatch, tau: float, most_blocks_held: int, max_budget: int | None
 ) -> None:
-    monkeypatch.setattr(triton_choice, "MOST_BLOCKS_SMALL", most_blocks_small)
+    monkeypatch.setattr(triton_choice, "MOST_BLOCKS_HELD", most_blocks_held)
     query, key = structured_qk(0, 1, 4, 2, 100, 16, block_size=16, dtype=torch.float32)
     gammas = (0.4, 1.0, 0.9, 0.7)
     config = SparsePrefillConfig(
@@ -132,33 +134,24 @@ def test_each_head_has_its_own_gamma_and_the_last_rows_are_dense(
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("largest", [1, 3, 50])
-def test_thresholds_of_exact_masses_reach_gamma_with_the_fewest_entries(seed: int, largest: int) -> None:
+@pytest.mark.parametrize("num_blocks", [1, 2, 7, 24])
+def test_thresholds_of_exact_masses_reach_gamma_with_the_fewest_entries(
+    seed: int, largest: int, num_blocks: int
+) -> None:
     """Whole numbers over a power of two and a gamma of few bits: no rounding anywhere, ties in plenty."""
     generator = torch.Generator().manual_seed(seed)
-    mass = torch.randint(1, largest + 1, (1, 2, 24), generator=generator).float() / 64
+    mass = torch.randint(1, largest + 1, (num_blocks, num_blocks), generator=generator).tril().float() / 2**16
     gamma = [0.125, 0.5, 0.75, 0.890625, 0.984375][seed]
     mass = mass.to(DEVICE)
-    thresholds, last_ties = torch.empty(1, 2, device=DEVICE), torch.empty(1, 2, dtype=torch.int32, device=DEVICE)
-    triton_choice.find_thresholds[(2, 1)](
-        mass,
-        mass,
-        torch.ones(1, dtype=torch.int32, device=DEVICE),
-        thresholds,
-        last_ties,
-        mass,
-        gamma,
-        0,
-        24,
-        1,
-        TILE_ROWS=1,
-        TILE_COLUMNS=16,
-        SECTIONS=8,
-        HAS_MAPS=False,
-        HAS_GAMMAS=False,
+    threshold, last_tie = torch.empty(2, device=DEVICE), torch.empty(2, dtype=torch.int32, device=DEVICE)
+    pattern = torch.full((1,), triton_patterns.QUERY_AWARE.value, dtype=torch.int32, device=DEVICE)
+    sizes = {"ROWS": 16, "COLUMNS": 32, "HAS_GAMMAS": False}
+    triton_maps.find_map_thresholds[(1,)](
+        mass, pattern, threshold, last_tie, mass, gamma, 0, num_blocks, 1, **sizes, num_warps=4
     )
-    is_tie = mass == thresholds[..., None]
-    selected = (mass > thresholds[..., None]) | (is_tie & (torch.arange(24, device=DEVICE) <= last_ties[..., None]))
-    assert torch.equal(selected, select_cumulative(mass, gamma))
+    place = torch.arange(num_blocks**2, device=DEVICE).view_as(mass)
+    selected = (mass > threshold[0]) | ((mass == threshold[0]) & (place <= last_tie[0]))
+    assert torch.equal(selected & (mass > 0), select_cumulative(mass.flatten(), gamma).view_as(mass) & (mass > 0))
 
 
 def test_what_the_kernels_do_not_take_is_left_to_plain_pytorch() -> None:

@@ -11,8 +11,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from flexprefill_compile.backend import FlexPrefillBackend
 from flexprefill_compile.bench.peers import Peer
-from flexprefill_compile.bench.quality import measure_error, measure_recall
-from flexprefill_compile.bench.rates import compute_floors
+from flexprefill_compile.bench.quality import measure_disagreement, measure_error, measure_recall
+from flexprefill_compile.bench.rates import ATTENTION, compute_floors
 from flexprefill_compile.bench.stages import capture, measure_peak_mib, time_stages
 from flexprefill_compile.block_masks import record_densities
 from flexprefill_compile.block_masks.layout import BlockTables, count_blocks, create_causal_grid, pack_causal_blocks
@@ -62,6 +62,9 @@ def measure(
         figures["ceiling"] = {"ms": ceiling_ms, "dense_ms": dense_ms}
     if device == "cuda":
         figures |= _measure_on_gpu(select, sparse, calls)
+        figures["disagreement"] = measure_disagreement(query, key, value, select(), config)
+        share_of_rate = figures["floors_ms"][ATTENTION] / figures["stages_ms"][ATTENTION]
+        figures["attention_flop_per_s"] = rates["product"] * share_of_rate
     for name, peer in peers.items():
         figures.setdefault("peers", {})[name] = _measure_peer(peer, inputs, exact, calls)
     return figures

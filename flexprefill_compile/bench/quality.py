@@ -1,11 +1,13 @@
-"""What a selection loses: the attention it leaves out, on sampled rows, and the error of the output."""
+"""What a selection loses: attention left out, on sampled rows, and the error of the output; and whether it is right."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from flexprefill_compile.block_masks.layout import BlockTables
+from flexprefill_compile.block_masks.layout import BlockTables, unpack_blocks
+from flexprefill_compile.block_masks.prefill import select_prefill_blocks
+from flexprefill_compile.config import SparsePrefillConfig
 
 SAMPLED_ROWS = 64
 SAMPLED_HEADS = 8
@@ -38,6 +40,29 @@ def measure_recall(query: Tensor, key: Tensor, tables: BlockTables, scale: float
     kept = by_block.gather(-1, columns.where(is_used, 0).long()).where(is_used, 0).sum(-1)
     kept += by_block.gather(-1, row_blocks.expand(len(picked), -1).unsqueeze(-1)).squeeze(-1)
     return {"mean": kept.mean().item(), "p10": kept.flatten().quantile(0.1).item(), "worst": kept.min().item()}
+
+
+def measure_disagreement(
+    query: Tensor, key: Tensor, value: Tensor, tables: BlockTables, config: SparsePrefillConfig
+) -> float | None:
+    """Return on how many blocks the kernels' selection and plain PyTorch's differ, as a share of the latter's.
+
+    None where plain PyTorch's doesn't fit into memory.
+
+    Args:
+        query: (1, H, S, D).
+        key: (1, Hkv, S, D).
+        value: (1, Hkv, S, Dv).
+        tables: What the kernels selected.
+        config: By which they did.
+    """
+    try:
+        expected = select_prefill_blocks(query, key, value, query.shape[-1] ** -0.5, config)
+        selected = unpack_blocks(tables.full_kv_num_blocks, tables.full_kv_indices, expected.shape[-1])
+        selected |= unpack_blocks(tables.kv_num_blocks, tables.kv_indices, expected.shape[-1])
+        return (selected != expected).sum().item() / expected.sum().item()
+    except torch.OutOfMemoryError:
+        return None
 
 
 def measure_error(output: Tensor, exact: Tensor) -> float:

@@ -17,7 +17,7 @@ SELECTION_STAGES = (
     "pool_masses",
     "choose_patterns",
     "estimate_attention",
-    "find_thresholds",
+    "find_map_thresholds",
     "narrow_thresholds",
     "pack_blocks",
 )

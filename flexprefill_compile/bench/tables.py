@@ -14,7 +14,8 @@ def format_totals(runs: Sequence[dict[str, Any]]) -> str:
     """Lay out each run in a line, and below the table why a run is missing.
 
     Times in milliseconds; "replayed" is a CUDA graph of the same call. The speed-up is over the fastest dense backend,
-    "under the ceiling" in times of that backend, the two called in turn.
+    "under the ceiling" in times of that backend, the two called in turn. "Not as plain" are blocks on which the kernels
+    and plain PyTorch differ, as a share of the latter's.
     """
     measured = [run for run in runs if "note" not in run]
     notes = [f"{run['tokens']} {run['inputs']}: {run['note']}" for run in runs if "note" in run]
@@ -35,6 +36,8 @@ def _describe(run: dict[str, Any]) -> dict[str, str]:
         "recall (p10)": f"{run['recall']['mean']:.3f} ({run['recall']['p10']:.3f})",
         "error": f"{run['error']:.3f}",
     }
+    if (share := run.get("disagreement")) is not None:
+        cells["not as plain"] = f"{share:.3%}"
     cells |= {f"dense {name}": f"{time:.2f}" for name, time in run["dense_ms"].items()}
     cells["dense flex"] = f"{run['dense_flex_ms']:.2f}"
     for name in ("selection", "sparse"):
@@ -68,4 +71,5 @@ def format_stages(runs: Sequence[dict[str, Any]]) -> str:
             time = run["stages_ms"][stage]
             cells.append(f"{time:.3f}" + (f" ({time / floor:.1f}x)" if floor else ""))
         rows.append([stage, *cells])
+    rows.append(["that in TFLOP/s", *(f"{run['attention_flop_per_s'] / 1e12:.0f}" for run in runs)])
     return format_table(header, rows)
