@@ -63,8 +63,8 @@ def measure(
     if device == "cuda":
         figures |= _measure_on_gpu(select, sparse, calls)
         figures["disagreement"] = measure_disagreement(query, key, value, select(), config)
-        share_of_rate = figures["floors_ms"][ATTENTION] / figures["stages_ms"][ATTENTION]
-        figures["attention_flop_per_s"] = rates["product"] * share_of_rate
+        if attention_ms := figures["stages_ms"][ATTENTION]:  # none of a kernel by a name that isn't known
+            figures["attention_flop_per_s"] = rates["product"] * figures["floors_ms"][ATTENTION] / attention_ms
     for name, peer in peers.items():
         figures.setdefault("peers", {})[name] = _measure_peer(peer, inputs, exact, calls)
     return figures

@@ -71,5 +71,6 @@ def format_stages(runs: Sequence[dict[str, Any]]) -> str:
             time = run["stages_ms"][stage]
             cells.append(f"{time:.3f}" + (f" ({time / floor:.1f}x)" if floor else ""))
         rows.append([stage, *cells])
-    rows.append(["that in TFLOP/s", *(f"{run['attention_flop_per_s'] / 1e12:.0f}" for run in runs)])
+    speeds = [run.get("attention_flop_per_s") for run in runs]
+    rows.append(["that in TFLOP/s", *("" if speed is None else f"{speed / 1e12:.0f}" for speed in speeds)])
     return format_table(header, rows)
