@@ -56,8 +56,9 @@ def _add_bench(commands: Any) -> None:
         commands, "bench", _run_bench, "time the attention of one layer, by stage, beside dense attention"
     )
     _add_shape(bench)
-    bench.add_argument("--inputs", nargs="+", default=["structured", "random"], choices=INPUT_KINDS)
+    bench.add_argument("--inputs", nargs="*", default=["structured", "random"], choices=INPUT_KINDS)
     bench.add_argument("--model", type=Path, help="where real inputs come from, as for demo (SmolLM2-135M-Instruct)")
+    bench.add_argument("--saved", type=Path, metavar="FILE", help="also a (query, key, value) of torch.save")
     bench.add_argument("--lengths", type=_positive, nargs="+", default=[8192, 32768, 131072], metavar="N")
     bench.add_argument("--gamma", type=float, default=SparsePrefillConfig.gamma, help="share of attention to reach")
     bench.add_argument("--min-budget", type=int, default=SparsePrefillConfig.min_budget, metavar="N")
@@ -208,6 +209,7 @@ def _run_bench(options: argparse.Namespace) -> None:
     plan = BenchPlan(
         device=options.device,
         inputs=options.inputs,
+        saved=options.saved,
         lengths=options.lengths,
         heads=options.heads,
         head_dim=options.head_dim,

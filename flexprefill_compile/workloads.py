@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import statistics
@@ -19,6 +20,9 @@ DENSE_BACKENDS = {
 }
 
 LONGEST_TIMING_MS = 5000
+# Results kept while the next ones are computed, so that these lie elsewhere each time: by where its output lies, the
+# same kernel was seen to take 5 % more or less.
+RESULTS_KEPT = 2
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -50,18 +54,25 @@ def create_structured_inputs(
     return query.to(dtype), key.to(dtype), normal(1, kv_heads, length, head_dim).to(dtype)
 
 
+def find_fastest_dense(query: Tensor, key: Tensor, value: Tensor) -> SDPBackend:
+    """Return the dense backend that takes the least time for the inputs."""
+    times = time_dense_ms(query, key, value, calls=3)
+    return _find_backend(min(times, key=lambda name: times[name]), query.device.type)
+
+
 def time_dense_ms(query: Tensor, key: Tensor, value: Tensor, calls: int) -> dict[str, float]:
     """Time each dense backend that takes the inputs, by its name."""
     times = {}
     for backend in DENSE_BACKENDS[query.device.type]:
         with contextlib.suppress(RuntimeError):  # not built in, or not for these inputs
-            times[_name(backend)] = time_ms(bind_dense(_name(backend), query, key, value), query.device.type, calls)
+            name = name_backend(backend)
+            times[name] = time_ms(bind_dense(name, query, key, value), query.device.type, calls)
     return times
 
 
 def bind_dense(name: str, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
     """Return the call of a dense backend, by the name that ``time_dense_ms`` gives it."""
-    backend = next(backend for backend in DENSE_BACKENDS[query.device.type] if _name(backend) == name)
+    backend = _find_backend(name, query.device.type)
 
     def attend_by_backend() -> Tensor:
         with sdpa_kernel(backend):
@@ -70,8 +81,13 @@ def bind_dense(name: str, query: Tensor, key: Tensor, value: Tensor) -> Callable
     return attend_by_backend
 
 
-def _name(backend: SDPBackend) -> str:
+def name_backend(backend: SDPBackend) -> str:
+    """Return the name under which a dense backend is printed."""
     return backend.name.removesuffix("_ATTENTION").lower()
+
+
+def _find_backend(name: str, device: str) -> SDPBackend:
+    return next(backend for backend in DENSE_BACKENDS[device] if name_backend(backend) == name)
 
 
 def time_ms(run: Callable[[], object], device: str, calls: int) -> float:
@@ -82,9 +98,9 @@ def time_ms(run: Callable[[], object], device: str, calls: int) -> float:
 def time_in_turns_ms(runs: Sequence[Callable[[], object]], device: str, calls: int) -> list[float]:
     """Return the median of up to ``calls`` timed calls of each, in milliseconds, after two that warm up.
 
-    They take turns, so that a clock that slows down slows all of them. Slow calls are timed less often: a kind of them
-    takes about ``LONGEST_TIMING_MS``. Of those that would be timed but once, the second that warms up is the
-    measurement.
+    They take turns, so that a clock that slows down slows all of them; so do results in memory. Slow calls are timed
+    less often: a kind of them takes about ``LONGEST_TIMING_MS``. Of those that would be timed but once, the second that
+    warms up is the measurement.
 
     On a GPU, of CUDA events around calls that are queued together, as the layers of a model queue theirs: the time of
     the device, or of the host where that is longer.
@@ -95,12 +111,13 @@ def time_in_turns_ms(runs: Sequence[Callable[[], object]], device: str, calls: i
     calls = min(calls, int(LONGEST_TIMING_MS * len(runs) / sum(warm_ms)))
     if calls < 2:
         return warm_ms
+    kept: collections.deque[object] = collections.deque(maxlen=RESULTS_KEPT)
     if device == "cuda":
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls * len(runs) + 1)]
         torch.cuda.synchronize()
         marks[0].record()
         for mark, run in zip(marks[1:], itertools.cycle(runs), strict=False):
-            run()
+            kept.append(run())
             mark.record()
         torch.cuda.synchronize()
         times = [float(a.elapsed_time(b)) for a, b in itertools.pairwise(marks)]

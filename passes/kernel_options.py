@@ -10,6 +10,14 @@ from torch import Tensor
 from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.torch_internals import is_flash_available
 
+# Hopper's options, on an H100 with torch 2.11, bfloat16, 32768 tokens and 24 % of the blocks, in TFLOP/s:
+#   head dimension   blocks of   here   without TMA   inductor's own choice, or as said
+#               64         128    380           305   325 with 8 warps
+#              128         128    482           448   (387 on an H200, where these options reached 452)
+#              256         128    566           492   315
+#       64 and 128          64    374, 464           367, 466
+# PRESCALE_QK gains less than the spread, and rounds. Blocks of 64 at 256 wide gain nothing over inductor's choice.
+
 # Above it, tiles of several pipeline stages outgrow the shared memory of a GPU.
 LARGEST_PIPELINED_ROW_BYTES = 512
 HOPPER, BLACKWELL = 9, 10
@@ -43,10 +51,13 @@ def choose_kernel_options(
         options["ROWS_GUARANTEED_SAFE"] = True
     row_bytes = max(key.shape[-1], value.shape[-1]) * key.element_size()
     tile = min(config.block_size, 128)
-    if key.is_cuda and row_bytes <= 256 and tile >= 64 and torch.cuda.get_device_capability(key.device)[0] == HOPPER:
-        # On an H200, 32k tokens, 25 % of the blocks, head dimension 128: 452 TFLOP/s, 387 with inductor's own choice;
-        # with blocks of 64, 418 against 398 without TMA. PRESCALE_QK gains less than the spread, and rounds.
+    capability = torch.cuda.get_device_capability(key.device)[0] if key.is_cuda else 0
+    if capability == HOPPER and tile >= 64 and row_bytes <= 256:
         options |= {"BLOCK_M": tile, "BLOCK_N": tile, "num_warps": tile // 16, "num_stages": 3, "USE_TMA": True}
+        if row_bytes <= 128:
+            options["num_warps"] = 4
+    elif capability == HOPPER and tile == 128 and row_bytes <= 512 and key.element_size() == 2:
+        options |= {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2, "USE_TMA": True}
     elif tile < 128:  # inductor's own choice of tiles assumes mask blocks of 128
         options |= {"BLOCK_M": tile, "BLOCK_N": tile}
         if row_bytes > LARGEST_PIPELINED_ROW_BYTES:

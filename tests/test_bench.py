@@ -16,8 +16,10 @@ from flexprefill_compile.bench import run as bench_run
 from flexprefill_compile.bench.inputs import create_inputs, create_rotary_inputs
 from flexprefill_compile.bench.prefill import choose_budget
 from flexprefill_compile.bench.quality import measure_error, measure_recall
+from flexprefill_compile.bench.saved_inputs import load_inputs
 from flexprefill_compile.block_masks.layout import create_causal_grid, pack_causal_blocks
 from flexprefill_compile.cli import main
+from flexprefill_compile.errors import UsageError
 
 SHAPE = ["--device", "cpu", "--heads", "4", "2"]
 
@@ -118,6 +120,36 @@ def test_real_inputs_are_what_a_layer_attends_over(tmp_path: Path) -> None:
     assert causal_attention(query, key, value).isfinite().all()
 
 
+def test_saved_inputs_are_timed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "inputs.pt"
+    saved = [torch.randn(1, heads, 700, 16, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    torch.save(tuple(saved), path)
+    loaded = load_inputs(path, 600, "cpu", torch.float32)
+    assert all(torch.equal(a, b[:, :, :600].float()) for a, b in zip(loaded, saved, strict=True))
+    arguments = ["--inputs", "--saved", str(path), "--lengths", "600", "701", "--min-budget", "0", "--calls", "2"]
+    assert main(["bench", "--device", "cpu", *arguments]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^600 +saved +\d", output, re.MULTILINE)
+    assert "701 saved: " in output
+    assert "has 700 tokens, got a length of 701" in output
+
+
+@pytest.mark.parametrize("heads", [(4, 3, 3), (4, 2, 4)])
+def test_saved_inputs_must_fit(tmp_path: Path, heads: tuple[int, int, int]) -> None:
+    path = tmp_path / "inputs.pt"
+    with pytest.raises(UsageError, match="must hold query, key and value: FileNotFoundError"):
+        load_inputs(path, 8, "cpu", torch.float32)
+    torch.save(tuple(torch.randn(1, count, 8, 16) for count in heads), path)
+    with pytest.raises(UsageError, match=r"must hold \(1, H, S, D\) and twice \(1, Hkv, S, D\), got"):
+        load_inputs(path, 8, "cpu", torch.float32)
+
+
+def test_a_row_that_stays_dense_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--head-dim", "16", "--lengths", "200", "--inputs", "random", "--calls", "2"]
+    assert main(["bench", *SHAPE, *arguments, "--kernel-backend", "flash"]) == 0
+    assert "flash, which doesn't fit (device cpu)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("density", [0.1, 0.25, 0.5])
 def test_the_budget_gives_the_density(density: float) -> None:
     num_blocks = 256
@@ -133,5 +165,5 @@ def test_a_model_to_its_first_token(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["bench-model", *SHAPE, *sizes, *arguments]) == 0
     (run,) = json.loads(figures.read_text())
     assert run["density"] == pytest.approx(0.5, abs=0.15)
-    assert min(*run["dense_ms"].values(), run["sparse_ms"]) > 0
-    assert re.search(r"^1100 +\d+% ", capsys.readouterr().out, re.MULTILINE)
+    assert min(run["dense_ms"], run["sparse_ms"]) > 0
+    assert re.search(r"^1100 +\d+% +\d+ ms \(flash\) ", capsys.readouterr().out, re.MULTILINE)

@@ -75,6 +75,29 @@ def test_what_is_not_installed_says_how(monkeypatch: pytest.MonkeyPatch) -> None
     assert reason == "flash-attn-4 is not installed: pip install 'flexprefill-compile[flash]'"
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "block_size", "expected"),
+    [
+        (64, torch.bfloat16, 128, (128, 128, 4, 3)),
+        (64, torch.bfloat16, 64, (64, 64, 4, 3)),
+        (128, torch.float16, 256, (128, 128, 8, 3)),
+        (128, torch.bfloat16, 64, (64, 64, 4, 3)),
+        (256, torch.bfloat16, 128, (128, 64, 8, 2)),
+        (256, torch.bfloat16, 64, (64, 64, None, None)),
+        (128, torch.float32, 128, (None, None, None, None)),
+        (512, torch.bfloat16, 128, (None, None, None, None)),
+        (128, torch.bfloat16, 32, (32, 32, None, None)),
+    ],
+)
+def test_tiles_are_those_that_were_measured(
+    head_dim: int, dtype: torch.dtype, block_size: int, expected: tuple[int | None, ...]
+) -> None:
+    config = SparsePrefillConfig(kernel_backend="triton", block_size=block_size)
+    options = choose_kernel_options(config, *tensors(head_dim, dtype=dtype), is_plain=True)
+    assert tuple(map(options.get, ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))) == expected
+    assert options.get("USE_TMA", False) == (expected[2] is not None)
+
+
 def test_the_users_options_win() -> None:
     config = SparsePrefillConfig(kernel_backend="flash", kernel_options={"BACKEND": "TRITON"})
     assert choose_kernel_options(config, *tensors(), is_plain=True) == {"BACKEND": "TRITON"}

@@ -34,6 +34,9 @@ def measure(
         rates: Of ``measure_rates``.
         calls: Timed calls of each kind, at most.
         peers: Callables to time beside ours, by name.
+
+    Raises:
+        AttentionSkippedError: The call would stay dense, for ``kernel_backend="flash"`` that doesn't fit it.
     """
     query, key, value = inputs
     device, scale = query.device.type, query.shape[-1] ** -0.5
@@ -41,7 +44,7 @@ def measure(
     def select() -> BlockTables:
         return BlockTables(*torch.ops.flexprefill.select_blocks(query, key, value, scale, *config.selection))
 
-    sparse = _compile_sparse(config, inputs, min_length=1, max_density=1)
+    sparse = _compile_sparse(config, inputs, min_length=1, max_density=1, on_skip="raise")
     dense = time_dense_ms(query, key, value, calls)
     exact = attend(query, key, value)
     with record_densities() as densities:

@@ -52,7 +52,8 @@ class Layer(nn.Module):
         query, key = (rotate(part.float(), position).to(x.dtype) for part in (query, key))
         x = x + self.project_out(attend(query, key, value).transpose(1, 2).flatten(-2))
         gate, up = self.gate_and_up(self.forward_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up), key, value
+        # A view of its part would keep the whole projection alive.
+        return x + self.down(F.silu(gate) * up), key, value.contiguous()
 
 
 class Decoder(nn.Module):

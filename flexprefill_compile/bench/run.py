@@ -16,10 +16,12 @@ from flexprefill_compile.bench.measure import measure
 from flexprefill_compile.bench.peers import Peer, load_peer
 from flexprefill_compile.bench.plot import plot_runs
 from flexprefill_compile.bench.rates import measure_rates
+from flexprefill_compile.bench.saved_inputs import SAVED, load_inputs
 from flexprefill_compile.bench.tables import format_stages, format_totals
 from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.crossing import name_device
 from flexprefill_compile.errors import UsageError
+from flexprefill_compile.report import AttentionSkippedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class BenchPlan:
     Attributes:
         device: "cuda" or "cpu".
         inputs: Kinds, as ``create_inputs`` takes them.
+        saved: A file of inputs to measure as well, as ``load_inputs`` takes it, or None.
         lengths: In tokens.
         heads: Of queries and keys.
         head_dim: Of all.
@@ -51,12 +54,13 @@ class BenchPlan:
     peers: Sequence[str] = ()
     json_path: Path | None = None
     plot_path: Path | None = None
+    saved: Path | None = None
 
 
 def run_bench(plan: BenchPlan) -> None:
     """Measure, print a table of totals and one of stages, and write the files that were asked for.
 
-    A row that doesn't fit into memory, or that a model can't give, gets a note in place of figures.
+    A row that doesn't fit into memory, that a model or file can't give or that stays dense gets a note, not figures.
 
     Raises:
         UsageError: The device isn't there, the heads don't match, or a peer or file won't do.
@@ -72,8 +76,9 @@ def run_bench(plan: BenchPlan) -> None:
     print(title)
     print(f"{plan.config}\ncopies at {rates['copy'] / 1e9:.0f} GB/s, products at {rates['product'] / 1e9:.0f} GFLOP/s")
     runs: list[dict[str, Any]] = []
+    kinds = [*plan.inputs, *([SAVED] if plan.saved else [])]
     for length in plan.lengths:
-        for kind in plan.inputs:
+        for kind in kinds:
             runs.append({"tokens": length, "inputs": kind} | _measure_row(plan, kind, length, dtype, rates, peers))
             _free_memory()
             if plan.json_path:  # after each row: what is measured stays if a later one breaks
@@ -99,14 +104,15 @@ def _measure_row(
     plan: BenchPlan, kind: str, length: int, dtype: torch.dtype, rates: dict[str, float], peers: dict[str, Peer]
 ) -> dict[str, Any]:
     try:
-        inputs = create_inputs(kind, plan.heads, length, plan.head_dim, plan.device, dtype, plan.model)
+        if kind == SAVED and plan.saved is not None:
+            inputs = load_inputs(plan.saved, length, plan.device, dtype)
+        else:
+            inputs = create_inputs(kind, plan.heads, length, plan.head_dim, plan.device, dtype, plan.model)
         with torch.no_grad():
             return measure(inputs, plan.config, rates, plan.calls, peers)
     except torch.OutOfMemoryError as error:
         return {"note": f"out of memory: {str(error).partition('.')[0]}"}
-    except UsageError as error:
-        if kind != "real":
-            raise
+    except (UsageError, AttentionSkippedError) as error:
         return {"note": str(error)}
 
 
