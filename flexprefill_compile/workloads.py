@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import itertools
 import statistics
@@ -20,9 +19,6 @@ DENSE_BACKENDS = {
 }
 
 LONGEST_TIMING_MS = 5000
-# Results kept while the next ones are computed, so that these lie elsewhere each time: by where its output lies, the
-# same kernel was seen to take 5 % more or less.
-RESULTS_KEPT = 2
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -91,16 +87,17 @@ def _find_backend(name: str, device: str) -> SDPBackend:
 
 
 def time_ms(run: Callable[[], object], device: str, calls: int) -> float:
-    """Return the median of up to ``calls`` timed calls, as ``time_in_turns_ms`` does."""
+    """Return the time of a call, as ``time_in_turns_ms`` does."""
     return time_in_turns_ms([run], device, calls)[0]
 
 
 def time_in_turns_ms(runs: Sequence[Callable[[], object]], device: str, calls: int) -> list[float]:
-    """Return the median of up to ``calls`` timed calls of each, in milliseconds, after two that warm up.
+    """Time up to ``calls`` calls of each, in milliseconds, after two that warm up: the mean of their middle half.
 
-    They take turns, so that a clock that slows down slows all of them; so do results in memory. Slow calls are timed
-    less often: a kind of them takes about ``LONGEST_TIMING_MS``. Of those that would be timed but once, the second that
-    warms up is the measurement.
+    They take turns, and every other round backwards, so that a clock that slows down slows all of them. A GPU at its
+    power limit goes up and down by 5 % from one long call to the next: of turns in one order, or by the median, which
+    is one of the two, that would be the difference. Slow calls are timed less often: a kind of them takes about
+    ``LONGEST_TIMING_MS``. Of those that would be timed but once, the second that warms up is the measurement.
 
     On a GPU, of CUDA events around calls that are queued together, as the layers of a model queue theirs: the time of
     the device, or of the host where that is longer.
@@ -111,19 +108,26 @@ def time_in_turns_ms(runs: Sequence[Callable[[], object]], device: str, calls: i
     calls = min(calls, int(LONGEST_TIMING_MS * len(runs) / sum(warm_ms)))
     if calls < 2:
         return warm_ms
-    kept: collections.deque[object] = collections.deque(maxlen=RESULTS_KEPT)
+    forwards = list(range(len(runs)))
+    turns = [turn for number in range(calls) for turn in (forwards[::-1] if number % 2 else forwards)]
     if device == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls * len(runs) + 1)]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(turns) + 1)]
         torch.cuda.synchronize()
         marks[0].record()
-        for mark, run in zip(marks[1:], itertools.cycle(runs), strict=False):
-            kept.append(run())
+        for mark, turn in zip(marks[1:], turns, strict=True):
+            runs[turn]()
             mark.record()
         torch.cuda.synchronize()
         times = [float(a.elapsed_time(b)) for a, b in itertools.pairwise(marks)]
     else:
-        times = [_time_once_ms(run, device) for _ in range(calls) for run in runs]
-    return [statistics.median(times[turn :: len(runs)]) for turn in range(len(runs))]
+        times = [_time_once_ms(runs[turn], device) for turn in turns]
+    return [average_middle_half([ms for ms, turn in zip(times, turns, strict=True) if turn == own]) for own in forwards]
+
+
+def average_middle_half(times: Sequence[float]) -> float:
+    """Return the mean of what is left without the lowest and the highest quarter, rounded down."""
+    cut = len(times) // 4
+    return statistics.mean(sorted(times)[cut : len(times) - cut])
 
 
 def _time_once_ms(run: Callable[[], object], device: str) -> float:

@@ -10,13 +10,13 @@ from torch import Tensor
 from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.torch_internals import is_flash_available
 
-# Hopper's options, on an H100 with torch 2.11, bfloat16, 32768 tokens and 24 % of the blocks, in TFLOP/s:
-#   head dimension   blocks of   here   without TMA   inductor's own choice, or as said
-#               64         128    380           305   325 with 8 warps
-#              128         128    482           448   (387 on an H200, where these options reached 452)
-#              256         128    566           492   315
-#       64 and 128          64    374, 464           367, 466
-# PRESCALE_QK gains less than the spread, and rounds. Blocks of 64 at 256 wide gain nothing over inductor's choice.
+# Hopper's tiles and TMA were chosen on an H100 with torch 2.11: bfloat16, 32768 tokens, 24 % of the blocks, TFLOP/s:
+#   head dimension   blocks of   here   otherwise
+#               64         128    380   325 with 8 warps, 305 with 8 and without TMA
+#              128         128    482   448 without TMA; inductor's own choice on an H200, where these reach 452: 387
+#              256         128    492   315 by inductor's own choice; 566 with TMA, whose output wasn't checked there
+#           64, 128          64    374, 464   367, 466 without TMA
+# At 256 wide, blocks of 64 gain nothing over inductor's choice. PRESCALE_QK gains less than the spread, and rounds.
 
 # Above it, tiles of several pipeline stages outgrow the shared memory of a GPU.
 LARGEST_PIPELINED_ROW_BYTES = 512
@@ -56,8 +56,8 @@ def choose_kernel_options(
         options |= {"BLOCK_M": tile, "BLOCK_N": tile, "num_warps": tile // 16, "num_stages": 3, "USE_TMA": True}
         if row_bytes <= 128:
             options["num_warps"] = 4
-    elif capability == HOPPER and tile == 128 and row_bytes <= 512 and key.element_size() == 2:
-        options |= {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2, "USE_TMA": True}
+    elif capability == HOPPER and tile == 128 and row_bytes == 512 and key.element_size() == 2:
+        options |= {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
     elif tile < 128:  # inductor's own choice of tiles assumes mask blocks of 128
         options |= {"BLOCK_M": tile, "BLOCK_N": tile}
         if row_bytes > LARGEST_PIPELINED_ROW_BYTES:

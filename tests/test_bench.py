@@ -20,6 +20,7 @@ from flexprefill_compile.bench.saved_inputs import load_inputs
 from flexprefill_compile.block_masks.layout import create_causal_grid, pack_causal_blocks
 from flexprefill_compile.cli import main
 from flexprefill_compile.errors import UsageError
+from flexprefill_compile.workloads import average_middle_half, time_in_turns_ms
 
 SHAPE = ["--device", "cpu", "--heads", "4", "2"]
 
@@ -142,6 +143,18 @@ def test_saved_inputs_must_fit(tmp_path: Path, heads: tuple[int, int, int]) -> N
     torch.save(tuple(torch.randn(1, count, 8, 16) for count in heads), path)
     with pytest.raises(UsageError, match=r"must hold \(1, H, S, D\) and twice \(1, Hkv, S, D\), got"):
         load_inputs(path, 8, "cpu", torch.float32)
+
+
+def test_calls_take_turns_both_ways() -> None:
+    order: list[int] = []
+    first, second = time_in_turns_ms([lambda: order.append(0), lambda: order.append(1)], "cpu", 4)
+    assert order == [0, 1, 0, 1] + [0, 1, 1, 0] * 2  # two rounds warm up
+    assert min(first, second) > 0
+
+
+def test_outliers_and_one_of_two_speeds_decide_nothing() -> None:
+    assert average_middle_half([240, 254, 240, 254, 2000, 240, 254, 1]) == pytest.approx(247)
+    assert average_middle_half([3.0, 1.0]) == 2
 
 
 def test_a_row_that_stays_dense_says_why(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,6 @@ def forbid_syncs() -> Iterator[None]:
         (128, torch.bfloat16, 16),
         (128, torch.bfloat16, 64),
         (128, torch.bfloat16, 512),
-        (192, torch.float16, 128),
         (256, torch.bfloat16, 64),
         (256, torch.bfloat16, 128),
         (256, torch.float32, 64),

@@ -83,6 +83,7 @@ def test_what_is_not_installed_says_how(monkeypatch: pytest.MonkeyPatch) -> None
         (128, torch.float16, 256, (128, 128, 8, 3)),
         (128, torch.bfloat16, 64, (64, 64, 4, 3)),
         (256, torch.bfloat16, 128, (128, 64, 8, 2)),
+        (192, torch.bfloat16, 128, (None, None, None, None)),
         (256, torch.bfloat16, 64, (64, 64, None, None)),
         (128, torch.float32, 128, (None, None, None, None)),
         (512, torch.bfloat16, 128, (None, None, None, None)),
@@ -95,7 +96,7 @@ def test_tiles_are_those_that_were_measured(
     config = SparsePrefillConfig(kernel_backend="triton", block_size=block_size)
     options = choose_kernel_options(config, *tensors(head_dim, dtype=dtype), is_plain=True)
     assert tuple(map(options.get, ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))) == expected
-    assert options.get("USE_TMA", False) == (expected[2] is not None)
+    assert options.get("USE_TMA", False) == (expected[3] == 3)
 
 
 def test_the_users_options_win() -> None:
