@@ -79,22 +79,26 @@ class Reading:
             self.patterns.zero_()  # every block
             return
         self.pool()
-        query, key, value = self.query, self.key, self.value
+        self._choose_patterns(self._average(self._score()))
+
+    def _score(self) -> tuple[Tensor, Tensor]:
+        """Score the representative queries; return the masses by key block and by chunk of them."""
+        query, key = self.query, self.key
         group_rows = self.heads // self.kv_heads * self.num_rows
         rows, keys, num_warps, num_stages = choose_score_tiles(
             group_rows, self.block_size, self.width, query.element_size()
         )
         row_tiles = cdiv(group_rows, rows)
-        programs = row_tiles * self.batch * self.kv_heads
-        chunk_blocks = max(1, self.num_blocks * programs // SCORE_PROGRAMS)
+        kv_heads = self.batch * self.kv_heads
+        chunk_blocks = max(1, self.num_blocks * row_tiles * kv_heads // SCORE_PROGRAMS)
         num_chunks = cdiv(self.num_blocks, chunk_blocks)
         masses = query.new_empty(
-            (4 if self.is_ragged else 3, self.batch * self.kv_heads, self.num_blocks, group_rows), dtype=torch.float32
+            (4 if self.is_ragged else 3, kv_heads, self.num_blocks, group_rows), dtype=torch.float32
         )
-        chunk_masses = query.new_empty((self.batch * self.kv_heads, num_chunks, group_rows), dtype=torch.float32)
+        chunk_masses = query.new_empty((kv_heads, num_chunks, group_rows), dtype=torch.float32)
         self.run(
             score_representative,
-            (row_tiles, num_chunks, self.batch * self.kv_heads),
+            (row_tiles, num_chunks, kv_heads),
             (
                 query,
                 key,
@@ -123,12 +127,17 @@ class Reading:
             num_warps=num_warps,
             num_stages=num_stages,
         )
+        return masses, chunk_masses
 
-        pooled = query.new_empty((self.batch * self.heads, 5, self.num_blocks), dtype=torch.float32)
+    def _average(self, scored: tuple[Tensor, Tensor]) -> Tensor:
+        """Average the masses over the rows, beside their estimate: (B * H, 5, num_blocks)."""
+        masses, chunk_masses = scored
+        heads = self.batch * self.heads
+        pooled = self.query.new_empty((heads, 5, self.num_blocks), dtype=torch.float32)
         tile = 16
         self.run(
             pool_masses,
-            (cdiv(self.num_blocks, tile), self.batch * self.heads),
+            (cdiv(self.num_blocks, tile), heads),
             (
                 masses,
                 chunk_masses,
@@ -138,7 +147,7 @@ class Reading:
                 self.scale,
                 self.num_blocks,
                 self.num_rows,
-                num_chunks,
+                chunk_masses.shape[1],
                 masses.stride(0),
                 self.heads,
                 self.kv_heads,
@@ -152,6 +161,10 @@ class Reading:
             },
             num_warps=4,
         )
+        return pooled
+
+    def _choose_patterns(self, pooled: Tensor) -> None:
+        """Choose each head's pattern, and the thresholds of its columns and diagonals."""
         self.run(
             choose_patterns,
             (self.batch * self.heads,),
@@ -177,7 +190,7 @@ class Reading:
                 "HEAD_DIM": self.head_dim,
                 "NUM_BLOCKS": next_power_of_2(self.num_blocks),
                 "IS_RAGGED": self.is_ragged,
-                "HAS_VALUE": value is not None,
+                "HAS_VALUE": self.value is not None,
                 "HAS_GAMMAS": self.has_gammas,
             },
             num_warps=max(1, min(8, self.num_blocks // 128)),
