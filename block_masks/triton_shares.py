@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from flexprefill_compile.block_masks.triton_block_shares import pool_pieces, score_pieces
-from flexprefill_compile.block_masks.triton_launch import Launcher
+from flexprefill_compile.block_masks.triton_launch import Launcher, cdiv, next_power_of_2
 
 if TYPE_CHECKING:
     from flexprefill_compile.block_masks.estimator_inputs import EstimatorInputs
@@ -115,8 +115,8 @@ def choose_tiles(element_size: int, width: int, parts: int, num_rows: int, num_c
         sizes = [Tiles(64, 64, 32, 4, 2), Tiles(32, 32, 32, 4, 1)]
     for tiles in sizes:
         yield tiles._replace(
-            rows=min(tiles.rows, max(16, triton.next_power_of_2(num_rows))),
-            columns=min(tiles.columns, max(16, triton.next_power_of_2(num_columns))),
+            rows=min(tiles.rows, max(16, next_power_of_2(num_rows))),
+            columns=min(tiles.columns, max(16, next_power_of_2(num_columns))),
             features=min(tiles.features, width),
         )
 
@@ -144,7 +144,7 @@ class _Launch:
         self.group = self.heads // self.kv_heads
         self.block_rows = self.group * (inputs.block_size // rows.tokens)  # of all heads of a group
         self.block_columns = inputs.block_size // columns.tokens
-        self.width = max(16, triton.next_power_of_2(inputs.query.shape[-1]))
+        self.width = max(16, next_power_of_2(inputs.query.shape[-1]))
         self.constants = {
             "GROUP": self.group,
             "BLOCK": inputs.block_size,
@@ -180,12 +180,12 @@ class _Launch:
         inputs, kv_heads = self.inputs, self.batch * self.kv_heads
         block_pieces = self.block_columns // piece
         num_rows, num_pieces = (last - first) * self.block_rows, last * block_pieces
-        row_tiles = triton.cdiv(num_rows, tiles.rows)
-        column_tiles = triton.cdiv(last * self.block_columns, tiles.columns)
+        row_tiles = cdiv(num_rows, tiles.rows)
+        column_tiles = cdiv(last * self.block_columns, tiles.columns)
         # A program of several parts gains nothing from more than a few tiles: it loads its rows anew for each.
         parts = self.rows.data.shape[3]
         chunk_tiles = min(32 if parts == 1 else 4, max(1, column_tiles * row_tiles * kv_heads // SCORE_PROGRAMS))
-        num_chunks = triton.cdiv(column_tiles, chunk_tiles)
+        num_chunks = cdiv(column_tiles, chunk_tiles)
         masses = shares.new_empty(kv_heads, num_pieces, num_rows)
         chunk_masses = shares.new_empty(kv_heads, num_chunks, num_rows)
         launcher.run(
@@ -228,7 +228,7 @@ class _Launch:
         tile = min(128, max(16, 2048 * self.rows.tokens // inputs.block_size))
         launcher.run(
             pool_pieces,
-            (triton.cdiv(self.num_blocks, tile), last - first, self.batch * self.heads),
+            (cdiv(self.num_blocks, tile), last - first, self.batch * self.heads),
             (
                 masses,
                 chunk_masses,

@@ -159,8 +159,8 @@ class SparsePrefillConfig:
             *(self.block_size, self.dense_last, self.estimator),
         )
 
-    @classmethod
-    def from_selection(cls, gammas: list[float], *others: Any) -> SparsePrefillConfig:
+    @staticmethod
+    def from_selection(gammas: list[float], *others: Any) -> SparsePrefillConfig:
         """Return the config of which these are the ``selection``."""
         return _recall_config(tuple(gammas), *others)
 

@@ -26,12 +26,9 @@ UNKNOWN_GPU = 16384
 # A CPU has nothing to wait for.
 CEILING_FROM = {"cpu": 1, "NVIDIA H100 80GB HBM3": 65536, "NVIDIA H200": 65536}
 CEILING_FROM_UNKNOWN_GPU = 65536
-# Tokens: on a GPU, from here on a ceiling that nobody asked for costs prompts that aren't sparse a quarter of what it
-# saves them.
-DEFAULT_CEILING_FROM = 32768
 # Of the causal blocks: FlexAttention at this density takes as long as the fastest dense attention on an H100, 0.72 to
-# 0.75, and on an H200, 0.78. By the kernels of flash-attn-4 it takes less at any density that was seen, 90 % of the
-# blocks among them.
+# 0.75, and on an H200, 0.78. By the kernels of flash-attn-4 it takes less from 32k tokens on at any density that was
+# seen, 90 % of the blocks among them.
 GPU_MAX_DENSITY = 0.75
 
 
@@ -65,7 +62,7 @@ def settle_ceiling(
         return DensityCeiling(config.max_density, from_length=1) if is_on else None
     if device.type != "cuda" or has_cuda_graphs or config.is_dense:
         return None
-    return DensityCeiling(GPU_MAX_DENSITY, DEFAULT_CEILING_FROM, binds_flash=False)
+    return DensityCeiling(GPU_MAX_DENSITY, find_ceiling_start(device), binds_flash=False)
 
 
 def find_ceiling_start(device: torch.device) -> int:

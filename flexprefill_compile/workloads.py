@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import statistics
 import time
@@ -57,12 +56,20 @@ def find_fastest_dense(query: Tensor, key: Tensor, value: Tensor) -> SDPBackend:
 
 
 def time_dense_ms(query: Tensor, key: Tensor, value: Tensor, calls: int) -> dict[str, float]:
-    """Time each dense backend that takes the inputs, by its name."""
+    """Time each dense backend that takes the inputs, by its name.
+
+    Raises:
+        torch.OutOfMemoryError: One of them doesn't fit into memory.
+    """
     times = {}
     for backend in DENSE_BACKENDS[query.device.type]:
-        with contextlib.suppress(RuntimeError):  # not built in, or not for these inputs
-            name = name_backend(backend)
+        name = name_backend(backend)
+        try:
             times[name] = time_ms(bind_dense(name, query, key, value), query.device.type, calls)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # not built in, or not for these inputs
+            continue
     return times
 
 

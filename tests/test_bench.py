@@ -15,12 +15,17 @@ from torch import Tensor
 from flexprefill_compile.bench import run as bench_run
 from flexprefill_compile.bench.inputs import create_inputs, create_rotary_inputs
 from flexprefill_compile.bench.prefill import choose_budget
-from flexprefill_compile.bench.quality import measure_error, measure_recall
+from flexprefill_compile.bench.quality import measure_disagreement, measure_error, measure_recall
+from flexprefill_compile.bench.rates import ATTENTION
 from flexprefill_compile.bench.saved_inputs import load_inputs
+from flexprefill_compile.bench.stages import SELECTION_STAGES
+from flexprefill_compile.bench.tables import format_stages
 from flexprefill_compile.block_masks.layout import create_causal_grid, pack_causal_blocks
+from flexprefill_compile.block_masks.prefill import select_prefill_blocks
 from flexprefill_compile.cli import main
+from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.errors import UsageError
-from flexprefill_compile.workloads import average_middle_half, time_in_turns_ms
+from flexprefill_compile.workloads import average_middle_half, time_dense_ms, time_in_turns_ms
 
 SHAPE = ["--device", "cpu", "--heads", "4", "2"]
 
@@ -143,6 +148,38 @@ def test_saved_inputs_must_fit(tmp_path: Path, heads: tuple[int, int, int]) -> N
     torch.save(tuple(torch.randn(1, count, 8, 16) for count in heads), path)
     with pytest.raises(UsageError, match=r"must hold \(1, H, S, D\) and twice \(1, Hkv, S, D\), got"):
         load_inputs(path, 8, "cpu", torch.float32)
+
+
+def test_disagreement_counts_blocks() -> None:
+    query, key, value = (torch.randn(1, heads, 700, 16) for heads in (2, 1, 1))
+    config = SparsePrefillConfig(gamma=0.6, min_budget=0)
+    blocks = select_prefill_blocks(query, key, value, 0.25, config)
+    assert measure_disagreement(query, key, value, pack_causal_blocks(blocks), config) == 0
+    other = blocks.clone()
+    other[0, 0, 5, 2:4] ^= True
+    expected = pytest.approx(2 / blocks.sum().item())
+    assert measure_disagreement(query, key, value, pack_causal_blocks(other), config) == expected
+
+
+def test_stages_stand_beside_their_floors() -> None:
+    stages = dict.fromkeys(SELECTION_STAGES, 0.0) | {"pack_blocks": 0.25, ATTENTION: 3.0}
+    run = {"tokens": 64, "inputs": "random", "stages_ms": stages, "floors_ms": {ATTENTION: 1.5}}
+    table = format_stages([run | {"attention_flop_per_s": 4.2e14}, run])
+    rows = [re.split(r" {2,}", line.rstrip()) for line in table.splitlines()[2:]]
+    assert rows == [
+        ["pack_blocks", "0.250", "0.250"],
+        [ATTENTION, "3.000 (2.0x)", "3.000 (2.0x)"],
+        ["that in TFLOP/s", "420"],
+    ]
+
+
+def test_memory_that_does_not_suffice_is_no_missing_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr("flexprefill_compile.workloads.attend", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        time_dense_ms(*[torch.randn(1, 1, 8, 16)] * 3, 1)
 
 
 def test_calls_take_turns_both_ways() -> None:

@@ -145,7 +145,8 @@ def test_long_prompts_on_a_gpu_have_one_unless_told(gpu_input: Tensor) -> None:
     def settle(has_cuda_graphs: bool = False, **options: Any) -> DensityCeiling | None:
         return settle_ceiling(SparsePrefillConfig(**options), [gpu_input], has_cuda_graphs=has_cuda_graphs)
 
-    assert settle() == DensityCeiling(crossing.GPU_MAX_DENSITY, crossing.DEFAULT_CEILING_FROM, binds_flash=False)
+    length = crossing.CEILING_FROM["NVIDIA H200"]
+    assert settle() == DensityCeiling(crossing.GPU_MAX_DENSITY, length, binds_flash=False)
     assert settle(max_density=0.4) == DensityCeiling(0.4, 1)
     assert settle(max_density=1) is None
     assert settle(gamma=1) is None
