@@ -15,8 +15,8 @@ import pareto
 from torch import Tensor
 
 from flexprefill_compile import register_estimator
-from flexprefill_compile.block_masks.estimator_inputs import EstimatorInputs
-from flexprefill_compile.block_masks.xattention import score_antidiagonals
+from flexprefill_compile.block_masks.estimators.inputs import EstimatorInputs
+from flexprefill_compile.block_masks.estimators.xattention import score_antidiagonals
 
 Scores = Callable[[EstimatorInputs], Tensor]
 

@@ -19,8 +19,8 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import create_block_mask
 
-from flexprefill_compile.block_masks.intervals import classify_blocks
 from flexprefill_compile.block_masks.layout import AttentionSizes
+from flexprefill_compile.block_masks.masks.intervals import classify_blocks
 from flexprefill_compile.report import format_table
 
 BLOCK_SIZE = 128

@@ -13,7 +13,7 @@ from flexprefill_compile.block_masks.layout import (
     sum_blocks,
 )
 from flexprefill_compile.block_masks.select import apply_budget, select_cumulative
-from flexprefill_compile.config import SparsePrefillConfig
+from flexprefill_compile.settings.config import SparsePrefillConfig
 
 SCORES_AT_ONCE = {"cpu": 2**24, "cuda": 2**28}
 

@@ -24,10 +24,10 @@ from oracle_blocks import select_by_oracle
 from pareto_curves import Point, compare_methods, format_curves, group_curves, plot_curves
 from torch import Tensor
 
-from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.errors import UsageError
-from flexprefill_compile.hf import DEFAULT_TEXTS, load_model, read_tokens
-from flexprefill_compile.quality.measure import TextMeasurer, select_tables
+from flexprefill_compile.models import DEFAULT_TEXTS, load_model, read_tokens
+from flexprefill_compile.quality.calibration.measure import TextMeasurer, select_tables
+from flexprefill_compile.settings.config import SparsePrefillConfig
 
 ESTIMATORS = ("auto", "flexprefill", "xattention", "sampled", "streaming", "oracle")
 STREAMING_BUDGETS = (256, 512, 1024, 2048)  # its window is all that it has

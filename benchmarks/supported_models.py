@@ -22,10 +22,10 @@ import transformers
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from checked_attention import without_code_generation  # noqa: E402
-from model_zoo import FAMILIES, LEFT_OUT, THOROUGH, build_model  # noqa: E402
-from zoo_checks import check_family  # noqa: E402
-from zoo_table import HOW, Row, describe_failure, describe_family, format_page  # noqa: E402
+from helpers.checked_attention import without_code_generation  # noqa: E402
+from helpers.zoo.checks import check_family  # noqa: E402
+from helpers.zoo.models import FAMILIES, LEFT_OUT, THOROUGH, build_model  # noqa: E402
+from helpers.zoo.table import HOW, Row, describe_failure, describe_family, format_page  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 

@@ -3,10 +3,10 @@
 if not __name__.startswith("flexprefill_compile."):
     raise ImportError("import flexprefill_compile.block_masks; as 'block_masks' it would register its ops twice")
 
-from flexprefill_compile.block_masks import density_ceiling as density_ceiling  # registers its kernels
-from flexprefill_compile.block_masks import masked_prefill as masked_prefill  # registers its kernel, as the next does
-from flexprefill_compile.block_masks import observing as observing
-from flexprefill_compile.block_masks.prefill import create_prefill_block_mask
-from flexprefill_compile.block_masks.recording import record_densities
+from . import density_ceiling as density_ceiling  # registers its kernels
+from . import masked_prefill as masked_prefill  # registers its kernel, as the next does
+from . import observing as observing
+from .prefill import create_prefill_block_mask
+from .recording import record_densities
 
 __all__ = ["create_prefill_block_mask", "record_densities"]

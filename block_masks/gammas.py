@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from flexprefill_compile.config import SparsePrefillConfig
+from flexprefill_compile.settings.config import SparsePrefillConfig
 
 Share = float | Tensor
 

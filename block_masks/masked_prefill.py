@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexprefill_compile.block_masks.choice import Choice
-from flexprefill_compile.block_masks.estimator_inputs import EstimatorInputs
-from flexprefill_compile.block_masks.estimators import choose_blocks, looks_at_scores
-from flexprefill_compile.block_masks.gammas import place_gammas, take_all_of_dense_heads
-from flexprefill_compile.block_masks.layout import count_blocks, pack_blocks
-from flexprefill_compile.block_masks.mask_facts import MaskFacts
-from flexprefill_compile.block_masks.masked_flexprefill import choose_masked_flexprefill, list_candidates
-from flexprefill_compile.block_masks.masked_representative import ScoreRule
-from flexprefill_compile.block_masks.recording import record
-from flexprefill_compile.block_masks.select import bound_rows
-from flexprefill_compile.config import SparsePrefillConfig
 from flexprefill_compile.ops import SELECT_MASKED_BLOCKS
+from flexprefill_compile.settings.config import SparsePrefillConfig
+
+from .choice import Choice
+from .estimators.flexprefill.masked_choose import choose_masked_flexprefill, list_candidates
+from .estimators.flexprefill.masked_representative import ScoreRule
+from .estimators.inputs import EstimatorInputs
+from .estimators.table import choose_blocks, looks_at_scores
+from .gammas import place_gammas, take_all_of_dense_heads
+from .layout import count_blocks, pack_blocks
+from .masks.facts import MaskFacts
+from .recording import record
+from .select import bound_rows
 
 
 def select_masked_prefill_blocks(

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexprefill_compile.block_masks.layout import BlockTables
-from flexprefill_compile.block_masks.mask_facts import MaskFacts
-from flexprefill_compile.block_masks.masked_representative import ScoreRule
 from flexprefill_compile.ops import OBSERVE
+
+from .estimators.flexprefill.masked_representative import ScoreRule
+from .layout import BlockTables
+from .masks.facts import MaskFacts
 
 # The fractional parts of its multiples are spread evenly, and follow no pattern of blocks.
 GOLDEN_RATIO = (5**0.5 - 1) / 2

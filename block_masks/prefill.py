@@ -14,20 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexprefill_compile.block_masks.estimator_inputs import EstimatorInputs
-from flexprefill_compile.block_masks.estimators import choose_blocks, looks_at_scores, score_blocks
-from flexprefill_compile.block_masks.flexprefill import choose_flexprefill
-from flexprefill_compile.block_masks.gammas import place_gammas, take_all_of_dense_heads
-from flexprefill_compile.block_masks.layout import (
+from flexprefill_compile.ops import SELECT_BLOCKS, index_width
+from flexprefill_compile.settings.config import SparsePrefillConfig
+
+from .estimators.flexprefill.choose import choose_flexprefill
+from .estimators.inputs import EstimatorInputs
+from .estimators.table import choose_blocks, looks_at_scores, score_blocks
+from .gammas import place_gammas, take_all_of_dense_heads
+from .layout import (
     BlockTables,
     count_blocks,
     create_causal_grid,
     pack_causal_blocks,
 )
-from flexprefill_compile.block_masks.recording import record
-from flexprefill_compile.block_masks.select import apply_budget
-from flexprefill_compile.config import SparsePrefillConfig
-from flexprefill_compile.ops import SELECT_BLOCKS, index_width
+from .recording import record
+from .select import apply_budget
 
 
 def create_prefill_block_mask(
@@ -121,7 +122,7 @@ def _select_by_kernels(
     width: int,
 ) -> BlockTables | None:
     try:
-        from flexprefill_compile.block_masks import triton_kernels  # noqa: PLC0415  (Triton is not on every platform)
+        from .kernels.flexprefill import select as triton_kernels  # noqa: PLC0415  (Triton is not on every platform)
     except ImportError:
         return None
     tables: BlockTables | None

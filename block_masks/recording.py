@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from flexprefill_compile.block_masks.layout import BlockTables
+from .layout import BlockTables
 
 _recordings: list[list[Tensor]] = []
 

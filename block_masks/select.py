@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexprefill_compile.block_masks.runs import Runs
+from .segments import Runs
 
 
 def select_cumulative(mass: Tensor, gamma: float | Tensor, runs: Runs | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
 from flexprefill_compile.errors import UsageError
-from flexprefill_compile.hf import load_model
+from flexprefill_compile.models import load_model
 
 
 def create_harness_model(model: Any, tokenizer: Any, options: Mapping[str, Any] | None, batch_size: int = 1) -> HFLM:

@@ -1,15 +1,16 @@
 """Sparse prefill for any PyTorch model: ``torch.compile(model, backend="flexprefill")``."""
 
 from flexprefill_compile import block_masks
-from flexprefill_compile.config import InvalidOptionError, SparsePrefillConfig
-from flexprefill_compile.decorator import sparse_prefill
-from flexprefill_compile.explain import explain
-from flexprefill_compile.policy import LayerPolicy, ModelShape, Policy
-from flexprefill_compile.quality.audit import audit
-from flexprefill_compile.quality.audit_report import AuditReport
-from flexprefill_compile.quality.calibrate import Calibration, calibrate
-from flexprefill_compile.registry import register_estimator
-from flexprefill_compile.report import AttentionSkippedError, RewriteReport, SkipReason
+
+from .decorator import sparse_prefill
+from .explain import explain
+from .quality.audit.audit import audit
+from .quality.audit.report import AuditReport
+from .quality.calibration.calibrate import Calibration, calibrate
+from .report import AttentionSkippedError, RewriteReport, SkipReason
+from .settings.config import InvalidOptionError, SparsePrefillConfig
+from .settings.policy import LayerPolicy, ModelShape, Policy
+from .settings.registry import register_estimator
 
 __all__ = [
     "AttentionSkippedError",

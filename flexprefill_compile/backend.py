@@ -17,12 +17,13 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from flexprefill_compile.config import DensityCeiling, InvalidOptionError, SparsePrefillConfig, split_options
-from flexprefill_compile.crossing import settle_ceiling, settle_min_length
-from flexprefill_compile.passes.cpu_workarounds import repaired_cpu_template
+from flexprefill_compile.passes.rewrite.cpu_workarounds import repaired_cpu_template
 from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass, find_signatures
-from flexprefill_compile.report import RewriteReport, Site, check_skips
-from flexprefill_compile.torch_internals import (
+
+from .report import RewriteReport, Site, check_skips
+from .settings.config import DensityCeiling, InvalidOptionError, SparsePrefillConfig, split_options
+from .settings.device_defaults import settle_ceiling, settle_min_length
+from .torch_internals import (
     CONTROL_FLOW,
     GraphSnapshot,
     compile_with_inductor,

@@ -9,8 +9,8 @@ from typing import Any, TypeVar, cast, overload
 import torch
 from torch import nn
 
-from flexprefill_compile.config import split_options
-from flexprefill_compile.torch_internals import inductor_option_names
+from .settings.config import split_options
+from .torch_internals import inductor_option_names
 
 T = TypeVar("T", bound=Callable[..., Any])
 

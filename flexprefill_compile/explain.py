@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from flexprefill_compile.backend import FlexPrefillBackend
-from flexprefill_compile.report import RewriteReport
-from flexprefill_compile.torch_internals import uncompiled_call
+from .backend import FlexPrefillBackend
+from .report import RewriteReport
+from .torch_internals import uncompiled_call
 
 
 def explain(

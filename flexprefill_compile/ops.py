@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 
-from flexprefill_compile.torch_internals import attention_strides
+from .torch_internals import attention_strides
 
 NAMESPACE = "flexprefill"
 SELECT_BLOCKS = f"{NAMESPACE}::select_blocks"

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from collections.abc import Iterable, Sequence
 
-from flexprefill_compile.torch_internals import PassesThroughDynamo
+from .torch_internals import PassesThroughDynamo
 
 
 class SkipReason(enum.Enum):

@@ -8,8 +8,8 @@ from collections.abc import Collection
 
 from torch.fx import GraphModule
 
-from flexprefill_compile.config import InvalidOptionError, SparsePrefillConfig
-from flexprefill_compile.policy import Policy
+from flexprefill_compile.settings.config import InvalidOptionError, SparsePrefillConfig
+from flexprefill_compile.settings.policy import Policy
 
 # A path of integers and names: model.layers.3.self_attn, layers[3], getattr(layers, '3').
 LAYER_NUMBER = re.compile(r"(?<!\w)\d+(?!\w)")

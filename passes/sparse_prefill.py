@@ -8,16 +8,17 @@ from typing import NamedTuple
 import torch
 from torch.fx import GraphModule, Node
 
-from flexprefill_compile.config import DensityCeiling, SparsePrefillConfig
-from flexprefill_compile.passes.attention_site import AttentionSite, example_of
-from flexprefill_compile.passes.base import GraphPass, graph_modules
-from flexprefill_compile.passes.kernel_options import refuse_flash
-from flexprefill_compile.passes.layer_config import check_number_of_layers, config_for_layer, number_layer
-from flexprefill_compile.passes.lift_site import LiftedMasks, LiftedSite, lift_site
-from flexprefill_compile.passes.match_attention import match_attention
-from flexprefill_compile.passes.rewrite_attention import rewrite_attention
-from flexprefill_compile.passes.share_masks import MaskSharing
 from flexprefill_compile.report import Rewritten, Site, Skipped, SkipReason
+from flexprefill_compile.settings.config import DensityCeiling, SparsePrefillConfig
+
+from .base import GraphPass, graph_modules
+from .layer_config import check_number_of_layers, config_for_layer, number_layer
+from .lift.site import LiftedMasks, LiftedSite, lift_site
+from .match.attention import match_attention
+from .match.site import AttentionSite, example_of
+from .rewrite.attention import rewrite_attention
+from .rewrite.kernel_options import refuse_flash
+from .rewrite.shared_masks import MaskSharing
 
 
 class SparsePrefillPass(GraphPass):

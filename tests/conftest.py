@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from helpers.tiny_model import save_tiny_model
 
 if not torch.cuda.is_available():  # Triton's kernels run in its interpreter; it looks when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from flexprefill_compile import registry
 from flexprefill_compile.backend import flexprefill
+from flexprefill_compile.settings import registry
 
 # What CI says of a change should not depend on the draw.
 hypothesis.settings.register_profile("ci", derandomize=True)
@@ -32,3 +34,8 @@ def fresh_dynamo() -> Iterator[None]:
     registry._registered.clear()
     registry._registered.update(registered)
     torch.compiler.reset()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))

@@ -12,7 +12,7 @@ import torch
 
 from flexprefill_compile import LayerPolicy, Policy, SparsePrefillConfig
 from flexprefill_compile.block_masks import record_densities
-from flexprefill_compile.registry import BUILT_IN
+from flexprefill_compile.settings.registry import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 

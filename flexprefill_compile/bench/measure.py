@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from flexprefill_compile.backend import FlexPrefillBackend
-from flexprefill_compile.bench.peers import Peer
-from flexprefill_compile.bench.quality import measure_disagreement, measure_error, measure_recall
-from flexprefill_compile.bench.rates import ATTENTION, compute_floors
-from flexprefill_compile.bench.stages import capture, measure_peak_mib, time_stages
 from flexprefill_compile.block_masks import record_densities
 from flexprefill_compile.block_masks.layout import BlockTables, count_blocks, create_causal_grid, pack_causal_blocks
 from flexprefill_compile.block_masks.prefill import create_block_mask
-from flexprefill_compile.config import SparsePrefillConfig
-from flexprefill_compile.workloads import attend, bind_dense, time_dense_ms, time_in_turns_ms, time_ms
+
+from ..backend import FlexPrefillBackend
+from ..settings.config import SparsePrefillConfig
+from .inputs.workloads import attend, bind_dense, time_dense_ms, time_in_turns_ms, time_ms
+from .peers import Peer
+from .quality import measure_disagreement, measure_error, measure_recall
+from .rates import ATTENTION, compute_floors
+from .stages import capture, measure_peak_mib, time_stages
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flexprefill_compile.bench.inputs import rotate
-from flexprefill_compile.workloads import attend
+from .inputs.inputs import rotate
+from .inputs.workloads import attend
 
 Cache = list[tuple[Tensor, Tensor]]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flexprefill_compile.errors import UsageError
+from ..errors import UsageError
 
 Peer = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flexprefill_compile.errors import UsageError
+from ..errors import UsageError
 
 
 def plot_runs(runs: Sequence[dict[str, Any]], title: str, path: Path) -> None:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from flexprefill_compile.block_masks.layout import BlockTables, unpack_blocks
 from flexprefill_compile.block_masks.prefill import select_prefill_blocks
-from flexprefill_compile.config import SparsePrefillConfig
+
+from ..settings.config import SparsePrefillConfig
 
 SAMPLED_ROWS = 64
 SAMPLED_HEADS = 8

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from flexprefill_compile.bench.rates import ATTENTION
+from .rates import ATTENTION
 
 SELECTION_STAGES = (
     "score_pieces",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from flexprefill_compile.bench.rates import ATTENTION
-from flexprefill_compile.bench.stages import SELECTION_STAGES
-from flexprefill_compile.report import format_table
+from ..report import format_table
+from .rates import ATTENTION
+from .stages import SELECTION_STAGES
 
 
 def format_totals(runs: Sequence[dict[str, Any]]) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexprefill_compile.backend import FlexPrefillBackend
 from flexprefill_compile.block_masks import record_densities
-from flexprefill_compile.errors import UsageError
-from flexprefill_compile.report import RewriteReport
-from flexprefill_compile.torch_internals import uncompiled_call, without_recompile_limit
+
+from ..backend import FlexPrefillBackend
+from ..errors import UsageError
+from ..report import RewriteReport
+from ..torch_internals import uncompiled_call, without_recompile_limit
 
 Model = Callable[..., Any]
 

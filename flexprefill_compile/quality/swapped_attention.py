@@ -22,9 +22,10 @@ from torch.overrides import TorchFunctionMode
 
 from flexprefill_compile.block_masks.layout import BlockTables
 from flexprefill_compile.block_masks.prefill import create_block_mask
-from flexprefill_compile.passes.cpu_workarounds import repaired_cpu_template
 from flexprefill_compile.passes.layer_config import number_layer
-from flexprefill_compile.torch_internals import compile_with_inductor
+from flexprefill_compile.passes.rewrite.cpu_workarounds import repaired_cpu_template
+
+from ..torch_internals import compile_with_inductor
 
 # Takes the number of the layer, query, key, value and the scale; None leaves the call as it is.
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor | None]
@@ -111,7 +112,7 @@ def attend_selected(
         (B, H, S, Dv).
     """
     compiled = _compile_attention(query.device.type, query.dtype, query.shape[1:], key.shape[1], block_size)
-    # Copies: the CPU template doesn't take views of a Linear's output, see passes/cpu_workarounds.py.
+    # Copies: the CPU template doesn't take views of a Linear's output, see passes/rewrite/cpu_workarounds.py.
     output: Tensor = compiled(query.contiguous(), key.contiguous(), value.contiguous(), *tables, scale)
     return output
 

@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from flexprefill_compile.tasks.confidence import EVERYTHING, Interval, compute_mean_interval, compute_share_interval
-from flexprefill_compile.tasks.registry import TEXTS
-from flexprefill_compile.tasks.scoring import Score
+from .confidence import EVERYTHING, Interval, compute_mean_interval, compute_share_interval
+from .scoring import Score
+from .table import TEXTS
 
 # Nats a token that two exact computations of the same attention may differ by: less than this is no difference.
 ROUNDING = 1e-4

@@ -6,9 +6,9 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 
-from flexprefill_compile.errors import UsageError
-from flexprefill_compile.tasks.encoder import Encoder
-from flexprefill_compile.tasks.filler import Filler, write_sentences
+from ..errors import UsageError
+from .encoder import Encoder
+from .kinds.filler import Filler, write_sentences
 
 # Tokens of a sample's length that are kept for its answer, the same for all tasks: all prompts of a length are equally
 # long, and one compiled graph serves them.

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexprefill_compile.errors import UsageError
-from flexprefill_compile.tasks.sample import Sample
+from ..errors import UsageError
+from .sample import Sample
 
 # Tokens at the end of a text that are scored, at most; at most half of the shortest text.
 TEXT_TOKENS = 1024

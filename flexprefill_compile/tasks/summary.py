@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from flexprefill_compile.report import format_table
-from flexprefill_compile.tasks.comparison import Comparison
-from flexprefill_compile.tasks.confidence import EVERYTHING, Interval
-from flexprefill_compile.tasks.scoring import Score
+from ..report import format_table
+from .comparison import Comparison
+from .confidence import EVERYTHING, Interval
+from .scoring import Score
 
 HEADER = ("task", "tokens", "estimator", "dense", "sparse", "difference", "95 % interval", "right, dense", "sparse")
 

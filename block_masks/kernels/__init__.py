@@ -1,0 +1,1 @@
+"""Triton kernels, each beside the function that launches it. Plain PyTorch computes the same elsewhere."""

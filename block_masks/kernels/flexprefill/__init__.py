@@ -1,0 +1,1 @@
+"""The paper's estimator as Triton kernels."""

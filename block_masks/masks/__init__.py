@@ -1,0 +1,1 @@
+"""What a mask proves about blocks: which are full, which are empty, whose tokens count."""

@@ -1,0 +1,174 @@
+"""``flexprefill demo``: one prefill of a real model, dense and sparse, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn import functional as F
+
+from flexprefill_compile.block_masks import record_densities
+
+from ..backend import FlexPrefillBackend
+from ..models import load_model, read_tokens
+from ..report import RewriteReport, Skipped, format_table
+from ..settings.config import SparsePrefillConfig
+from .progress import show_steps
+
+CONTINUATION_TOKENS = 12
+LOSS_CHUNK_TOKENS = 1024
+
+
+@dataclasses.dataclass
+class Prefill:
+    """What one kind of prefill took and gave.
+
+    Attributes:
+        run: The compiled model.
+        first_s: Seconds of the first call, compilation included.
+        times_s: Seconds of each later call.
+        loss: Mean negative log-likelihood of the text's tokens, nats.
+        predictions: (S,), the most likely next token at each position.
+        continuation: The first words that follow the text, by greedy decoding.
+        densities: The share of blocks computed, (B, H) for each selection; empty for dense attention.
+    """
+
+    run: Callable[..., Any]
+    first_s: float = 0.0
+    times_s: list[float] = dataclasses.field(default_factory=list)
+    loss: float = math.nan
+    predictions: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    continuation: str = ""
+    densities: list[Tensor] = dataclasses.field(default_factory=list)
+
+    @property
+    def median_s(self) -> float:
+        """Seconds of a call once compiled."""
+        return statistics.median(self.times_s)
+
+
+def run_demo(
+    *,
+    model_path: Path | None,
+    text_path: Path | None,
+    max_tokens: int,
+    config: SparsePrefillConfig,
+    device: str,
+    rounds: int,
+) -> None:
+    """Load, prefill dense and sparse in turn, and print the comparison.
+
+    Args:
+        model_path: A Hugging Face folder or a GGUF file; None is SmolLM2-135M-Instruct.
+        text_path: A text file; None is a text of this machine.
+        max_tokens: Tokens of the text to take, at most.
+        config: What to select.
+        device: Where to run.
+        rounds: Timed calls of each kind, after the one that compiles.
+
+    Raises:
+        UsageError: A file or a device is missing, or the model is no causal language model.
+    """
+    console = Console()
+    with show_steps(console) as step:
+        step("loading the model")
+        model, tokenizer = load_model(model_path, device)
+        tokens, source = read_tokens(tokenizer, text_path, max_tokens)
+        tokens = tokens.to(device)
+        console.print(f"{source}: {tokens.shape[1]} tokens, {model.num_parameters() / 1e6:.0f}M parameters, {device}")
+
+        backend = FlexPrefillBackend()
+        dense = Prefill(torch.compile(model, backend="inductor"))
+        sparse = Prefill(torch.compile(model, backend=backend, options=config.as_options()))
+        with torch.no_grad():
+            for name, prefill in (("dense", dense), ("sparse", sparse)):
+                step(f"{name}: compiling")
+                with record_densities() as prefill.densities:
+                    prefill.first_s, output = _time(prefill.run, tokens)
+                step(f"{name}: perplexity and continuation")
+                prefill.loss, prefill.predictions = _score(output.logits[0], tokens[0])
+                prefill.continuation = _continue(model, tokenizer, output)
+                del output
+            for done in range(rounds):
+                for name, prefill in (("dense", dense), ("sparse", sparse)):
+                    step(f"{name}: prefill {done + 1} of {rounds}")
+                    prefill.times_s.append(_time(prefill.run, tokens)[0])
+    console.print(summarise(dense, sparse, backend.report), highlight=False, markup=False, soft_wrap=True)
+
+
+def summarise(dense: Prefill, sparse: Prefill, report: RewriteReport) -> str:
+    """Lay the two prefills out side by side."""
+    layers = [density.mean().item() for density in sparse.densities] or [1.0]
+    agreement = (dense.predictions == sparse.predictions).double().mean().item()
+    rows = [
+        (
+            "prefill",
+            *(_format_time(run.median_s) for run in (dense, sparse)),
+            f"{dense.median_s / sparse.median_s:.2f}x faster",
+        ),
+        ("compile", *(f"{max(0.0, run.first_s - run.median_s):.1f} s" for run in (dense, sparse)), ""),
+        (
+            "perplexity",
+            *(f"{math.exp(run.loss):.3f}" for run in (dense, sparse)),
+            f"ratio {math.exp(sparse.loss - dense.loss):.4f}",
+        ),
+        ("top-1 agreement", "", "", f"{agreement:.1%}"),
+        ("attention calls rewritten", "", f"{report.num_rewritten} of {len(report.sites)}", ""),
+        ("blocks computed, mean", "100%", f"{statistics.mean(layers):.1%}", ""),
+        ("blocks computed, by layer", "100%", f"{min(layers):.1%} to {max(layers):.1%}", ""),
+    ]
+    reasons = Counter(site.reason.value for site in report.sites if isinstance(site, Skipped))
+    return "\n".join(
+        [
+            format_table(("", "dense", "sparse", "compared"), rows),
+            *(f"left dense, {count} of {len(report.sites)}: {reason}" for reason, count in reasons.items()),
+            f"dense goes on:  {dense.continuation!r}",
+            f"sparse goes on: {sparse.continuation!r}",
+        ]
+    )
+
+
+def _format_time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _time(run: Callable[..., Any], tokens: Tensor) -> tuple[float, Any]:
+    _synchronize(tokens)
+    start = time.perf_counter()
+    output = run(tokens, use_cache=True)
+    _synchronize(tokens)
+    return time.perf_counter() - start, output
+
+
+def _synchronize(tokens: Tensor) -> None:
+    if tokens.is_cuda:
+        torch.cuda.synchronize(tokens.device)
+
+
+def _score(logits: Tensor, tokens: Tensor) -> tuple[float, Tensor]:
+    """Return the mean loss of each token given those before it, and the predictions: (S, vocabulary), (S,)."""
+    loss, predictions = 0.0, []
+    for chunk, targets in zip(logits[:-1].split(LOSS_CHUNK_TOKENS), tokens[1:].split(LOSS_CHUNK_TOKENS), strict=True):
+        loss += F.cross_entropy(chunk.float(), targets, reduction="sum").item()
+        predictions.append(chunk.argmax(-1))
+    return loss / (len(tokens) - 1), torch.cat(predictions)
+
+
+def _continue(model: Any, tokenizer: Any, output: Any) -> str:
+    """Decode greedily from the cache that the prefill filled."""
+    chosen: list[int] = []
+    while True:
+        token = output.logits[:, -1:].argmax(-1)
+        chosen.append(int(token))
+        if len(chosen) == CONTINUATION_TOKENS:
+            return str(tokenizer.decode(chosen))
+        output = model(token, past_key_values=output.past_key_values)

@@ -1,0 +1,1 @@
+"""What a user may set: checked when made, hashable, with defaults by device."""

@@ -1,0 +1,116 @@
+"""From what length on sparse prefill pays, and from which on it pays to ask: measured on known devices.
+
+``flexprefill tune`` measures the first of the two on this machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import DensityCeiling, SparsePrefillConfig
+
+logger = logging.getLogger(__name__)
+
+# Tokens, by device name: `flexprefill tune` with its defaults. Structured inputs, against the fastest dense attention.
+MEASURED = {"cpu": 4096, "NVIDIA H100 80GB HBM3": 8192, "NVIDIA H200": 8192}
+UNKNOWN_GPU = 16384
+# Tokens, by device name: from here on selecting in vain and reading its density is lost in the time of dense attention.
+# A CPU has nothing to wait for.
+CEILING_FROM = {"cpu": 1, "NVIDIA H100 80GB HBM3": 65536, "NVIDIA H200": 65536}
+CEILING_FROM_UNKNOWN_GPU = 65536
+# Of the causal blocks: FlexAttention at this density takes as long as the fastest dense attention on an H100, 0.72 to
+# 0.75, and on an H200, 0.78. By the kernels of flash-attn-4 it takes less from 32k tokens on at any density that was
+# seen, 90 % of the blocks among them.
+GPU_MAX_DENSITY = 0.75
+
+
+def settle_min_length(config: SparsePrefillConfig, example_inputs: Sequence[Any]) -> SparsePrefillConfig:
+    """Fill in ``min_length`` where it is None, for the device of a graph's inputs.
+
+    Under a ceiling that was asked for, prompts too short for it to be free stay dense: it promises no loss.
+    """
+    if config.min_length is not None:
+        return config
+    device = _device_of(example_inputs)
+    crossing = find_crossing(device)
+    if config.max_density is not None and config.max_density < 1:
+        crossing = max(crossing, find_ceiling_start(device))
+    return dataclasses.replace(config, min_length=crossing)
+
+
+def settle_ceiling(
+    config: SparsePrefillConfig, example_inputs: Sequence[Any], *, has_cuda_graphs: bool
+) -> DensityCeiling | None:
+    """Return the ceiling on density for the device of a graph's inputs, or None for none.
+
+    Args:
+        config: Its ``max_density`` as the user gave it.
+        example_inputs: Of the graph.
+        has_cuda_graphs: Whether it will be replayed as CUDA graphs, which take the same way each time.
+    """
+    device = _device_of(example_inputs)
+    if config.max_density is not None:
+        is_on = config.max_density < 1 and not (has_cuda_graphs and device.type == "cuda")
+        return DensityCeiling(config.max_density, from_length=1) if is_on else None
+    if device.type != "cuda" or has_cuda_graphs or config.is_dense:
+        return None
+    return DensityCeiling(GPU_MAX_DENSITY, find_ceiling_start(device), binds_flash=False)
+
+
+def find_ceiling_start(device: torch.device) -> int:
+    """Return from how many tokens on a ceiling on density costs nothing on a device."""
+    return CEILING_FROM.get(name_device(device), CEILING_FROM_UNKNOWN_GPU)
+
+
+def _device_of(example_inputs: Sequence[Any]) -> torch.device:
+    devices = (x.device for x in example_inputs if isinstance(x, torch.Tensor))
+    gpu_first = sorted(devices, key=lambda device: device.type != "cuda")
+    return gpu_first[0] if gpu_first else torch.device("cpu")
+
+
+def find_crossing(device: torch.device) -> int:
+    """Return from how many tokens on sparse prefill is taken to pay on a device; this machine's measurement wins."""
+    name = name_device(device)
+    return read_crossings().get(name, MEASURED.get(name, UNKNOWN_GPU))
+
+
+def name_device(device: torch.device) -> str:
+    """Return the name under which a device's crossing is kept."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def crossings_path() -> Path:
+    """Return the file of this machine's measurements, under $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexprefill-compile" / "crossings.json"
+
+
+def read_crossings() -> dict[str, int]:
+    """Return this machine's measurements: tokens by device name."""
+    path = crossings_path()
+    if not path.exists():
+        return {}
+    try:
+        tokens = {str(name): int(value) for name, value in json.loads(path.read_text()).items()}
+        if min(tokens.values(), default=1) < 1:
+            raise ValueError(f"lengths must be at least 1, got {min(tokens.values())}")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        logger.warning("%s is not read: %s; flexprefill tune writes it anew", path, error)
+        return {}
+    return tokens
+
+
+def store_crossing(name: str, tokens: int) -> Path:
+    """Keep a measurement; return the file it went to."""
+    path = crossings_path()
+    crossings = read_crossings() | {name: tokens}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(crossings, indent=1) + "\n")
+    return path

@@ -1,0 +1,1 @@
+"""The long-context tasks themselves: one file a task."""

@@ -1,0 +1,1 @@
+"""From an attention site to block selection and FlexAttention. Never refuses."""

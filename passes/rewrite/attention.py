@@ -1,0 +1,271 @@
+"""Rewrite an attention into block selection and FlexAttention over the selected blocks. Never refuses.
+
+    out = scaled_dot_product_attention(q, k, v, is_causal=True)
+
+becomes
+
+    tables = flexprefill.select_blocks(q, k, v, scale, gamma, ...)
+    out = flex_attention(q, k, v, identity_score, (S, S, *tables, ..., causal_mask), scale, kernel_options)[0]
+
+and under a mask, whose facts are shared by its layers (share_masks.py),
+
+    tables = flexprefill.select_masked_blocks(q, k, v, *facts, score_bias, scale, softcap, gamma, ...)
+    out = flex_attention(q, k, v, score_mod, (Sq, Skv, *tables, ..., mask_mod), scale, ..., captures, captures)[0]
+
+Under a ceiling on density, plain causal attention chooses at run time (ceiling_branches.py). The mask_mod runs on every
+block not proven full, so the result is exact attention over the selected blocks.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node, symbolic_trace
+from torch.utils._pytree import tree_map_only
+
+from flexprefill_compile.block_masks.layout import BlockTables
+from flexprefill_compile.block_masks.prefill import causal_mask, create_block_mask
+from flexprefill_compile.settings.config import DensityCeiling, SparsePrefillConfig
+from flexprefill_compile.torch_internals import complete_kernel_options, flex_attention_hop
+
+from ..lift.mask import INDEX_NAMES
+from ..lift.scores import ScoreParts
+from ..lift.site import LiftedSite
+from ..match.site import AttentionSite, Logits, Masked, example_of
+from .ceiling import insert_choice
+from .cpu_workarounds import realize_on_cpu
+from .kernel_options import choose_kernel_options
+from .shared_masks import MaskSharing
+
+Insert = Callable[..., Node]
+
+# Fixed names, because inductor's caches key on them.
+MASK_MODULE = "flexprefill_causal_mask"
+SCORE_MODULE = "flexprefill_identity_score"
+
+
+class _Selection(NamedTuple):
+    """Which blocks to compute, and what FlexAttention applies in them.
+
+    Attributes:
+        tables: The nodes of a BlockTables.
+        lengths: Of queries and keys, nodes or constants.
+        mask: The node of the mask_mod.
+        mask_captures: What the mask_mod takes after its indices.
+        score: The node of the score_mod.
+        score_captures: What the score_mod takes after the score and its indices.
+    """
+
+    tables: tuple[Node, ...]
+    lengths: tuple[Any, Any]
+    mask: Node
+    mask_captures: tuple[Any, ...]
+    score: Node
+    score_captures: tuple[Any, ...]
+
+
+def rewrite_attention(
+    lifted: LiftedSite,
+    config: SparsePrefillConfig,
+    sharing: MaskSharing,
+    ceiling: DensityCeiling | None = None,
+    observed_rows: int = 0,
+) -> None:
+    """Replace the attention of a site by its sparse form, in place.
+
+    Args:
+        lifted: A match, understood.
+        config: What to select.
+        sharing: Of the site's own graph module, which gains the mask_mod and the score_mod as submodules.
+        ceiling: When plain causal attention runs dense after all.
+        observed_rows: How many of its rows ``observe_attention`` is to see; 0 is not to observe it.
+    """
+    site = lifted.site
+    insert = _start_inserting(sharing.graph, site.node)
+    with sharing.graph.inserting_before(site.node):
+        inputs = [_insert_input(insert, site, x) for x in (site.query, site.key, site.value)]
+        if config.check_masks and isinstance(site.scores, Masked):
+            inputs[0] = sharing.check_mask(lifted, inputs[0], inputs[1], site.scores.mask)
+        select = _select_causal if lifted.is_plain else _select_masked
+        selection = select(insert, lifted, config, sharing, inputs)
+        attention = _insert_attention(sharing, lifted, inputs, selection, config, ceiling)
+        output = insert(operator.getitem, attention, 0)
+        output = realize_on_cpu(insert, output, example_of(output).device)
+        if observed_rows:
+            output = _insert_observation(insert, lifted, sharing, (output, *inputs), selection.tables, observed_rows)
+        output = _restore_layout(insert, output, site)
+    site.node.replace_all_uses_with(output)
+    sharing.graph.erase_node(site.node)
+
+
+def _start_inserting(graph: Graph, call: Node) -> Insert:
+    """Return a function that adds a call to the graph, with its example value and with the origin of ``call``."""
+    origin = {name: call.meta[name] for name in ("nn_module_stack", "stack_trace") if name in call.meta}
+
+    def insert(target: Callable[..., Any], *args: Any, name: str | None = None) -> Node:
+        node = graph.create_node("call_function", target, args, name=name)
+        with torch.no_grad():
+            node.meta = origin | {"example_value": target(*tree_map_only(Node, example_of, args))}
+        return node
+
+    return insert
+
+
+def _insert_input(insert: Insert, site: AttentionSite, x: Node) -> Node:
+    """Insert what FlexAttention takes in place of an argument: in the dtype that autocast would have cast it to."""
+    if example_of(x).dtype != site.dtype:
+        x = insert(torch.ops.aten.to.dtype, x, site.dtype)
+    return realize_on_cpu(insert, x, example_of(x).device)
+
+
+def _select_causal(
+    insert: Insert, lifted: LiftedSite, config: SparsePrefillConfig, sharing: MaskSharing, inputs: list[Node]
+) -> _Selection:
+    """Insert the op that selects blocks of causal attention. The op's arguments key inductor's caches."""
+    tables = insert(
+        torch.ops.flexprefill.select_blocks.default, *inputs, lifted.parts.scale, *config.selection, name="tables"
+    )
+    length = sharing.measure(inputs[0], inputs[1]).query_length
+    mask = _insert_submodule(sharing.module, MASK_MODULE, causal_mask)
+    score = _insert_submodule(sharing.module, SCORE_MODULE, _identity_score)
+    return _Selection(_unpack(insert, tables), (length, length), mask, (), score, ())
+
+
+def _select_masked(
+    insert: Insert, lifted: LiftedSite, config: SparsePrefillConfig, sharing: MaskSharing, inputs: list[Node]
+) -> _Selection:
+    """Insert what the mask's layers share, unless an earlier layer did, and the op that selects blocks under it."""
+    parts = lifted.parts
+    shared = sharing.describe(lifted, inputs[0], inputs[1])
+    bias = sharing.bias_of_representatives(lifted, shared)
+    tables = insert(
+        torch.ops.flexprefill.select_masked_blocks.default,
+        *(*inputs, *shared.facts, bias, parts.scale, parts.softcap),
+        *config.selection,
+        name="tables",
+    )
+    score, score_captures = _insert_score(lifted, sharing)
+    return _Selection(
+        tables=_unpack(insert, tables),
+        lengths=(shared.sizes.query_length, shared.sizes.key_length),
+        mask=_insert_submodule(sharing.module, shared.name, shared.module),
+        mask_captures=shared.captures,
+        score=score,
+        score_captures=score_captures,
+    )
+
+
+def _unpack(insert: Insert, tables: Node) -> tuple[Node, ...]:
+    return tuple(insert(operator.getitem, tables, i, name=name) for i, name in enumerate(BlockTables._fields))
+
+
+def _insert_attention(
+    sharing: MaskSharing,
+    lifted: LiftedSite,
+    inputs: list[Node],
+    selection: _Selection,
+    config: SparsePrefillConfig,
+    ceiling: DensityCeiling | None,
+) -> Node:
+    """Insert FlexAttention over the selected blocks; return the node of (output, logsumexp, ...).
+
+    The layout of the op's block-mask tuple changes between torch releases, so a BlockMask of the example tables makes
+    it, and the nodes of the tables then take their examples' places.
+    """
+    examples = [example_of(x) for x in inputs]
+    tables = BlockTables(*map(example_of, selection.tables))
+    nodes: dict[int, Any] = {id(table): node for table, node in zip(tables, selection.tables, strict=True)}
+    _, _, *entries, _ = create_block_mask(
+        tables, examples[0].shape[-2], examples[1].shape[-2], config.block_size
+    ).as_tuple()
+    block_mask = (*selection.lengths, *(nodes.get(id(entry), entry) for entry in entries), selection.mask)
+    options = complete_kernel_options(choose_kernel_options(config, *examples, is_plain=lifted.is_plain), *examples)
+    arguments: tuple[Any, ...] = (
+        *(*inputs, selection.score, block_mask, lifted.parts.scale, options),
+        *(selection.score_captures, selection.mask_captures),
+    )
+    if ceiling is not None and lifted.is_plain and (ceiling.binds_flash or options.get("BACKEND") != "FLASH"):
+        operands = [*inputs, *selection.tables]
+        attention = insert_choice(sharing.module, operands, arguments, selection.lengths[0], ceiling)
+    else:
+        attention = sharing.graph.call_function(flex_attention_hop, arguments)
+    query, value = examples[0], examples[2]
+    attention.meta = lifted.site.node.meta | {"example_value": (query.new_empty(*query.shape[:-1], value.shape[-1]),)}
+    return attention
+
+
+def _insert_observation(
+    insert: Insert,
+    lifted: LiftedSite,
+    sharing: MaskSharing,
+    tensors: Sequence[Node],
+    tables: Sequence[Node],
+    num_rows: int,
+) -> Node:
+    """Insert the op that shows the call to observers; return the node to use in place of the output."""
+    _, query, key, _ = tensors
+    parts = lifted.parts
+    shared = None if lifted.is_plain else sharing.describe(lifted, query, key)
+    score_bias = None if shared is None else sharing.bias_of_representatives(lifted, shared)
+    rows, visible, row_bias = sharing.sample_rows(lifted, query, key, num_rows)
+    return insert(
+        torch.ops.flexprefill.observe.default,
+        *(*tensors, list(tables), list(shared.facts if shared else ()), score_bias, rows, visible, row_bias),
+        *(parts.scale, parts.softcap, lifted.site.name),
+    )
+
+
+def _restore_layout(insert: Insert, output: Node, site: AttentionSite) -> Node:
+    """Give the output the shape and the strides that the model's own product had."""
+    if not isinstance(site.scores, Logits):
+        return output
+    output = insert(torch.Tensor.contiguous, output)
+    return output if example_of(site.node).dim() == 4 else insert(torch.flatten, output, 0, 1)
+
+
+# The functions that FlexAttention applies
+
+
+def _insert_submodule(module: GraphModule, name: str, function: Callable[..., Tensor] | GraphModule) -> Node:
+    if not hasattr(module, name):
+        traced = function if isinstance(function, GraphModule) else symbolic_trace(function)
+        for node in traced.graph.nodes:
+            node.type = None  # an annotation that is a string keeps AOTAutograd's cache from hashing the graph
+        module.add_submodule(name, traced)
+    return module.graph.get_attr(name)
+
+
+def _identity_score(score: Tensor, batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+    return score
+
+
+def _insert_score(lifted: LiftedSite, sharing: MaskSharing) -> tuple[Node, tuple[Any, ...]]:
+    """Insert the score_mod of a site: softcap, then bias."""
+    parts = lifted.parts
+    if parts.softcap is None and parts.bias is None:
+        return _insert_submodule(sharing.module, SCORE_MODULE, _identity_score), ()
+    captures = sharing.capture(parts.bias, lifted.traced) if parts.bias is not None else ()
+    score_mod = _make_score_mod(parts, len(captures))
+    return _insert_submodule(sharing.module, sharing.name_of_score(score_mod), score_mod), captures
+
+
+def _make_score_mod(parts: ScoreParts, num_captures: int) -> GraphModule:
+    """Write softcap * tanh(score / softcap) + bias as a graph."""
+    graph = Graph()
+    names = ("score", *INDEX_NAMES, *(f"capture_{number}" for number in range(1, num_captures + 1)))
+    score, *arguments = (graph.placeholder(name) for name in names)
+    if parts.softcap is not None:
+        capped = graph.call_function(torch.ops.aten.div.Tensor, (score, parts.softcap))
+        capped = graph.call_function(torch.ops.aten.tanh.default, (capped,))
+        score = graph.call_function(torch.ops.aten.mul.Tensor, (capped, parts.softcap))
+    if parts.bias is not None:
+        source = parts.bias.module.graph
+        copies = dict(zip(source.find_nodes(op="placeholder"), arguments, strict=True))
+        bias = graph.graph_copy(source, copies)
+        score = graph.call_function(torch.ops.aten.add.Tensor, (score, bias))
+    graph.output(score)
+    return GraphModule({}, graph)

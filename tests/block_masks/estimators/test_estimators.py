@@ -1,0 +1,316 @@
+"""What every estimator keeps to, and what the scoring ones compute."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import masks
+from helpers.inputs import CountOps, RecordSizes, random_qk, structured_qk
+from helpers.scores import SCORES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flexprefill_compile.block_masks import create_prefill_block_mask
+from flexprefill_compile.block_masks.estimators.flexprefill.masked_representative import ScoreRule
+from flexprefill_compile.block_masks.estimators.flexprefill.representative import SCORES_AT_ONCE
+from flexprefill_compile.block_masks.estimators.inputs import EstimatorInputs
+from flexprefill_compile.block_masks.estimators.table import SCORING
+from flexprefill_compile.block_masks.layout import AttentionSizes, count_blocks, create_causal_grid
+from flexprefill_compile.block_masks.masked_prefill import select_masked_prefill_blocks
+from flexprefill_compile.block_masks.prefill import select_prefill_blocks
+from flexprefill_compile.settings.config import SparsePrefillConfig
+from flexprefill_compile.settings.registry import BUILT_IN
+
+BLOCK = 32
+SCALE = 0.25
+NEW = [name for name in BUILT_IN if name != "flexprefill"]
+LOOKING = [name for name in BUILT_IN if name not in ("streaming", "dense")]
+SELECT = torch.ops.flexprefill.select_blocks.default
+SELECT_MASKED = torch.ops.flexprefill.select_masked_blocks.default
+
+
+def make_config(estimator: str, **settings: Any) -> SparsePrefillConfig:
+    return SparsePrefillConfig(**({"gamma": 0.8, "min_budget": 0, "block_size": BLOCK} | settings), estimator=estimator)
+
+
+def make_inputs(query: Tensor, key: Tensor, block_size: int = BLOCK) -> EstimatorInputs:
+    grid = create_causal_grid(count_blocks(query.shape[2], block_size), query.device)
+    return EstimatorInputs(query, key, SCALE, block_size, grid[None, None])
+
+
+def make_structured(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    return structured_qk(seed, batch, 4, 2, length, 16, block_size=BLOCK, dtype=torch.float32)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    estimator=st.sampled_from(BUILT_IN),
+    seed=st.integers(0, 2**32),
+    batch=st.integers(1, 3),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
+    length=st.integers(1, 300),
+    gamma=st.floats(0.1, 0.99),
+    block_size=st.sampled_from([16, 64]),
+    min_budget=st.sampled_from([0, 100]),
+    max_budget=st.sampled_from([None, 128]),
+    dense_last=st.sampled_from([0, 1, 90]),
+)
+def test_tables_are_sound(
+    estimator: str, seed: int, batch: int, heads: tuple[int, int], length: int, block_size: int, **settings: Any
+) -> None:
+    query, key = random_qk(seed, batch, *heads, length, 8, spread=3, dtype=torch.float32)
+    config = make_config(estimator, block_size=block_size, **settings)
+    tables = create_prefill_block_mask(query, key, config)
+    num_blocks = count_blocks(length, block_size)
+    grid = torch.zeros(batch, heads[0], num_blocks, num_blocks, dtype=torch.int32)
+    for counts, indices in [
+        (tables.kv_num_blocks, tables.kv_indices),
+        (tables.full_kv_num_blocks, tables.full_kv_indices),
+    ]:
+        assert counts is not None
+        assert indices is not None
+        assert ((indices >= 0) & (indices < num_blocks)).all()
+        is_used = torch.arange(indices.shape[-1]) < counts.unsqueeze(-1)
+        assert (is_used.sum(-1) == counts).all()
+        grid.scatter_add_(-1, indices.long(), is_used.int())
+    assert grid.max() == 1, "an index twice"
+    selected = grid.bool()
+    assert not selected.triu(1).any()
+    assert selected.diagonal(dim1=-2, dim2=-1).all()
+    assert selected[..., 0].all()
+    optional = selected.sum(-1) - torch.arange(1, num_blocks + 1).clamp(max=2)
+    available = torch.arange(num_blocks).sub(1).clamp(min=0)
+    ceiling = available if config.max_budget is None else available.clamp(max=config.max_budget // block_size)
+    assert (optional >= available.clamp(max=count_blocks(config.min_budget, block_size)).minimum(ceiling)).all()
+    assert (optional <= ceiling).all()
+    if config.dense_last:
+        last = slice(max(0, length - config.dense_last) // block_size, None)
+        assert (optional[..., last] == ceiling[last]).all()
+    alone = select_prefill_blocks(query[-1:], key[-1:], None, 8**-0.5, config)
+    # Matrix products of other shapes add in another order.
+    assert (alone != selected[-1:]).sum() <= 0.02 * selected[-1:].sum(), "another row of the batch had a say"
+
+
+@pytest.mark.parametrize("estimator", BUILT_IN)
+def test_gamma_1_is_every_block_even_those_of_no_mass(estimator: str) -> None:
+    query, key = make_structured(1, 333)
+    selected = select_prefill_blocks(1000 * query, key, None, 1.0, make_config(estimator, gamma=1))
+    assert torch.equal(selected, torch.ones_like(selected).tril())
+    capped = select_prefill_blocks(1000 * query, key, None, 1.0, make_config(estimator, gamma=1, max_budget=10**6))
+    assert torch.equal(capped, selected)
+
+
+@pytest.mark.parametrize("estimator", BUILT_IN)
+def test_each_head_has_its_own_gamma(estimator: str) -> None:
+    query, key = make_structured(2, 600)
+    gammas = (0.3, 1.0, 0.9, 0.6)
+    together = select_prefill_blocks(query, key, None, SCALE, make_config(estimator, gamma=gammas))
+    for head, gamma in enumerate(gammas):
+        one = select_prefill_blocks(query, key, None, SCALE, make_config(estimator, gamma=gamma))
+        assert torch.equal(together[:, head], one[:, head])
+
+
+@pytest.mark.parametrize("estimator", SCORING)
+@pytest.mark.parametrize("gamma", [0.5, 0.95])
+def test_rows_reach_gamma_on_the_estimators_own_scores(estimator: str, gamma: float) -> None:
+    query, key = make_structured(2, 777)
+    score = SCORING[estimator](make_inputs(query, key))
+    torch.testing.assert_close(score.sum(-1), torch.ones_like(score[..., 0]))
+    selected = select_prefill_blocks(query, key, None, SCALE, make_config(estimator, gamma=gamma))
+    assert ((score * selected).sum(-1) >= gamma - 1e-6).all()
+    assert selected.sum() < 0.9 * torch.ones_like(selected).tril().sum(), "the scenario: not every block is needed"
+
+
+@pytest.mark.parametrize("estimator", SCORES)
+@pytest.mark.parametrize(("length", "block_size"), [(5, 16), (70, 16), (96, 32), (131, 32)])
+def test_scores_are_those_of_the_definition(estimator: str, length: int, block_size: int) -> None:
+    query, key = random_qk(length, 1, 4, 2, length, 8, spread=2)
+    actual = SCORING[estimator](make_inputs(query, key, block_size))
+    for head in range(4):
+        expected = SCORES[estimator](query[0, head], key[0, head // 2], SCALE, block_size, 0, length)
+        torch.testing.assert_close(actual[0, head], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", SCORES)
+def test_scores_made_a_block_at_a_time_are_the_same(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = random_qk(0, 2, 4, 2, 333, 8, spread=2)
+    whole = SCORING[estimator](make_inputs(query, key))
+    monkeypatch.setitem(SCORES_AT_ONCE, "cpu", 1)
+    torch.testing.assert_close(SCORING[estimator](make_inputs(query, key)), whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", SCORES)
+def test_products_in_bfloat16_as_on_a_gpu_are_near(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = (x.bfloat16() for x in random_qk(0, 1, 4, 2, 333, 16, spread=2))
+    exact = SCORING[estimator](make_inputs(query.double(), key.double()))
+    monkeypatch.setattr(EstimatorInputs, "product_dtype", torch.bfloat16)
+    actual = SCORING[estimator](make_inputs(query, key))
+    assert actual.dtype == torch.float32
+    # Scores here reach about 20, which bfloat16 holds to 1/16.
+    torch.testing.assert_close(actual.double(), exact, rtol=0.15, atol=2e-3)
+
+
+def test_streaming_is_a_sink_and_a_window() -> None:
+    query, key = make_structured(1, 20 * BLOCK)
+    selected = select_prefill_blocks(query, key, None, SCALE, make_config("streaming", min_budget=3 * BLOCK))
+    distance = torch.arange(20)[:, None] - torch.arange(20)
+    expected = ((distance >= 0) & (distance <= 3)) | ((distance >= 0) & (torch.arange(20) == 0))
+    assert torch.equal(selected, expected.expand_as(selected))
+
+
+@pytest.mark.parametrize("estimator", NEW)
+@pytest.mark.parametrize("poisoned", [0, 1, 2])
+@pytest.mark.parametrize("poison", [math.nan, -math.inf])
+def test_heads_that_are_not_finite_compute_every_block(estimator: str, poisoned: int, poison: float) -> None:
+    tensors = [*make_structured(2, 300), torch.randn(2, 2, 300, 16)]
+    config = make_config(estimator, gamma=0.5)
+    expected = select_prefill_blocks(*tensors, SCALE, config).clone()
+    tensors[poisoned][1, -1, 70, 5] = poison
+    expected[1, [3] if poisoned == 0 else [2, 3]] = create_causal_grid(10, expected.device)
+    assert torch.equal(select_prefill_blocks(*tensors, SCALE, config), expected)
+
+
+@pytest.mark.parametrize("estimator", NEW)
+def test_ops_pass_opcheck(estimator: str) -> None:
+    query, key = random_qk(0, 2, 4, 2, 77, 8, dtype=torch.float32)
+    selection = make_config(estimator, gamma=(0.5, 0.9, 1.0, 0.7), block_size=16, dense_last=20).selection
+    torch.library.opcheck(SELECT, (query, key, key, 0.3, *selection))
+    facts = masks.find_facts(masks.padded([0, 16], [70, 77]), AttentionSizes(2, 1, 77, 77), 16)
+    torch.library.opcheck(SELECT_MASKED, (query, key, key, *facts, None, 0.3, 5.0, *selection))
+
+
+@pytest.mark.parametrize("estimator", LOOKING)
+def test_no_host_sync_and_no_loop_over_heads_or_prompts(estimator: str) -> None:
+    counts = []
+    for batch, heads, kv_heads in [(2, 4, 2), (5, 8, 4)]:
+        query, key = random_qk(0, batch, heads, kv_heads, 200, 16, dtype=torch.float32)
+        config = make_config(estimator, gamma=tuple(0.5 + 0.05 * h for h in range(heads)), min_budget=32, dense_last=32)
+        sizes = AttentionSizes(batch, 1, 200, 200)
+        facts = masks.find_facts(masks.packed([[60, 140]] * batch), sizes, BLOCK, is_packed=True)
+        select_prefill_blocks(query, key, key, SCALE, config)  # from now on the gammas are held
+        with CountOps() as ops:
+            select_prefill_blocks(query, key, key, SCALE, config)
+            select_masked_prefill_blocks(query, key, key, facts, ScoreRule(SCALE), config)
+        counts.append(ops.counts)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("estimator", SCORING)
+def test_memory_stays_within_a_chunk_of_scores(estimator: str) -> None:
+    query, key = random_qk(0, 1, 4, 2, 4096, 32, dtype=torch.bfloat16)
+    with RecordSizes() as sizes:
+        select_prefill_blocks(query, key, key, SCALE, make_config(estimator, block_size=128))
+    assert query.shape[1] * 4096 * 4096 // 16 > SCORES_AT_ONCE["cpu"], "the scenario: the scores don't fit at once"
+    assert sizes.largest <= SCORES_AT_ONCE["cpu"]
+
+
+# Under a mask
+
+
+@pytest.mark.parametrize("estimator", LOOKING)
+@pytest.mark.parametrize("case", ["right", "left", "packed"])
+def test_a_prompt_at_whole_blocks_selects_what_it_selects_alone(estimator: str, case: str) -> None:
+    length = 320
+    query, key = random_qk(3, 2, 4, 2, length, 16, spread=2)
+    bounds: list[list[tuple[int, int]]] = {
+        "right": [[(0, 250)], [(0, 111)]],
+        "left": [[(64, 320)], [(224, 320)]],
+        "packed": [[(0, 96), (96, 320)], [(0, 224), (224, 320)]],
+    }[case]
+    if case == "packed":
+        mask_mod = masks.packed([[stop - start for start, stop in row] for row in bounds])
+    else:
+        mask_mod = masks.padded([row[0][0] for row in bounds], [row[0][1] for row in bounds])
+    facts = masks.find_facts(mask_mod, AttentionSizes(2, 1, length, length), BLOCK, is_packed=case == "packed")
+    config = make_config(estimator, min_budget=40, dense_last=10)
+    selected = select_masked_prefill_blocks(query, key, None, facts, ScoreRule(SCALE), config)
+    for row, of_row in enumerate(bounds):
+        for start, stop in of_row:
+            one = slice(row, row + 1), slice(None), slice(start, stop)
+            blocks = slice(start // BLOCK, count_blocks(stop, BLOCK))
+            alone = select_prefill_blocks(query[one], key[one], None, SCALE, config)
+            assert torch.equal(selected[row : row + 1, :, blocks, blocks], alone)
+            assert not selected[row, :, blocks, : blocks.start].any()
+
+
+@pytest.mark.parametrize("estimator", SCORES)
+@pytest.mark.parametrize(("start", "stop"), [(0, 101), (13, 131), (50, 90)])
+def test_scores_of_a_padded_prompt_are_those_of_its_own_tokens(estimator: str, start: int, stop: int) -> None:
+    query, key = random_qk(start, 1, 4, 2, 131, 8, spread=2)
+    facts = masks.find_facts(masks.padded([start], [stop]), AttentionSizes(1, 1, 131, 131), BLOCK)
+    grid = facts.possible & facts.query_counts.any(-1)[:, None, :, None] & facts.key_counts.any(-1)[:, None, None]
+    actual = SCORING[estimator](EstimatorInputs(query, key, SCALE, BLOCK, grid, facts))
+    for head in range(4):
+        expected = SCORES[estimator](query[0, head], key[0, head // 2], SCALE, BLOCK, start, stop)
+        torch.testing.assert_close(actual[0, head], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", BUILT_IN)
+def test_padding_has_no_say(estimator: str) -> None:
+    query, key = random_qk(0, 2, 4, 2, 300, 16, spread=2)
+    facts = masks.find_facts(masks.padded([0, 37], [203, 290]), AttentionSizes(2, 1, 300, 300), BLOCK)
+    config = make_config(estimator, min_budget=40)
+    clean = select_masked_prefill_blocks(query, key, None, facts, ScoreRule(SCALE), config)
+    for x in (query, key):
+        x[0, :, 203:], x[1, :, :37], x[1, :, 290:] = 1e4, -1e4, 1e4
+    assert torch.equal(select_masked_prefill_blocks(query, key, None, facts, ScoreRule(SCALE), config), clean)
+
+
+@pytest.mark.parametrize("estimator", [*SCORING, "streaming"])
+def test_a_chunk_selects_what_its_rows_select_in_the_whole_prompt(estimator: str) -> None:
+    query, key = random_qk(0, 1, 4, 2, 300, 16, spread=2)
+    config = make_config(estimator, min_budget=40)
+    whole = select_prefill_blocks(query, key, None, SCALE, config)
+    offset = 4 * BLOCK
+    facts = masks.find_facts(masks.chunk(offset), AttentionSizes(1, 1, 300 - offset, 300), BLOCK, offset=offset)
+    chunk = select_masked_prefill_blocks(query[:, :, offset:], key, None, facts, ScoreRule(SCALE), config)
+    assert torch.equal(chunk, whole[:, :, 4:])
+
+
+@pytest.mark.parametrize("estimator", SCORING)
+@pytest.mark.parametrize("offset", [0, 37])
+def test_blocks_that_a_mask_crosses_are_computed_and_weigh_nothing(estimator: str, offset: int) -> None:
+    length = 400
+    query, key = random_qk(0, 1, 4, 2, length, 16, spread=2)
+    sizes = AttentionSizes(1, 1, length - offset, length)
+    facts = masks.find_facts(masks.chunk(offset, masks.window(150)), sizes, BLOCK, offset=offset)
+    config = make_config(estimator, gamma=0.5)
+    rule = ScoreRule(SCALE, softcap=20.0)
+    selected = select_masked_prefill_blocks(query[:, :, offset:], key, None, facts, rule, config)
+    crossed = (facts.possible & ~facts.certain & ~facts.required).expand_as(selected)
+    assert crossed.any()
+    assert selected[crossed].all()
+    assert not (selected & ~facts.possible).any()
+    # Keys that only crossed blocks hold for a row are not looked at by it.
+    last = -1
+    hidden = crossed[0, 0, last].repeat_interleave(BLOCK)[:length]
+    key[:, :, hidden] += 5
+    again = select_masked_prefill_blocks(query[:, :, offset:], key, None, facts, rule, config)
+    assert torch.equal(again[:, :, last], selected[:, :, last])
+
+
+@pytest.mark.parametrize("estimator", BUILT_IN)
+def test_gamma_1_is_every_possible_block_under_a_mask_and_a_bias(estimator: str) -> None:
+    query, key = random_qk(0, 2, 4, 2, 200, 16, spread=2)
+    facts = masks.find_facts(masks.padded([0, 16], [190, 200]), AttentionSizes(2, 1, 200, 200), BLOCK)
+    for bias, max_budget in [(None, None), (torch.randn(facts.row_mask.shape), 10**6)]:
+        config = make_config(estimator, gamma=1, max_budget=max_budget)
+        selected = select_masked_prefill_blocks(query, key, None, facts, ScoreRule(SCALE, None, bias), config)
+        rows = facts.query_counts.any(-1)[:, None, :, None].expand_as(selected)
+        assert torch.equal(selected & rows, facts.possible.expand_as(selected) & rows)
+
+
+@pytest.mark.parametrize("estimator", SCORING)
+def test_with_a_bias_heads_are_vertical_slash(estimator: str) -> None:
+    query, key = random_qk(0, 1, 4, 2, 300, 16, spread=2)
+    facts = masks.find_facts(masks.causal, AttentionSizes(1, 1, 300, 300), BLOCK)
+    rule = ScoreRule(SCALE, None, torch.randn(facts.row_mask.shape))
+    chosen, expected = (
+        select_masked_prefill_blocks(query, key, None, facts, rule, make_config(name))
+        for name in (estimator, "flexprefill")
+    )
+    assert torch.equal(chosen, expected)
