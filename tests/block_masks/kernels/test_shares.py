@@ -13,8 +13,8 @@ import torch
 from helpers.inputs import random_qk
 from torch import Tensor
 
-from flexprefill_compile.block_masks.estimators import fused_shares, score_blocks
 from flexprefill_compile.block_masks.estimators import fused_shares
+from flexprefill_compile.block_masks.estimators.inputs import EstimatorInputs
 from flexprefill_compile.block_masks.estimators.table import score_blocks
 from flexprefill_compile.block_masks.estimators.xattention import score_antidiagonals
 from flexprefill_compile.block_masks.layout import count_blocks, create_causal_grid, unpack_blocks
