@@ -1,7 +1,7 @@
 """The custom ops that appear in a rewritten graph: their schemas and fakes. Torch only, registered at import.
 
 The kernels are registered by ``block_masks/prefill.py``, ``block_masks/masked_prefill.py``,
-``block_masks/density_ceiling.py`` and ``block_masks/observing.py`` and, for the CPU's ``realize``, here.
+``block_masks/density_ceiling.py`` and ``block_masks/observed_attention.py`` and, for the CPU's ``realize``, here.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from .checks import (
     settle_gamma,
 )
 from .policy import Policy, settle_policy
-from .registry import Estimator, check_estimator, name_estimator
+from .registry import Estimator, check_estimator, is_dense_estimator, name_estimator
 
 __all__ = ["InvalidOptionError", "SparsePrefillConfig", "split_options"]
 
@@ -149,7 +149,7 @@ class SparsePrefillConfig:
     @property
     def is_dense(self) -> bool:
         """Whether every block is computed, whatever the inputs."""
-        return self.max_budget is None and (min(self.gammas) == 1 or self.estimator == "dense")
+        return self.max_budget is None and (min(self.gammas) == 1 or is_dense_estimator(self.estimator))
 
     @property
     def selection(self) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from flexprefill_compile.block_masks.layout import AttentionSizes, count_blocks, unpack_blocks
 from flexprefill_compile.block_masks.masks.facts import MaskFacts, describe_mask, representative_indices
 from flexprefill_compile.block_masks.masks.intervals import BlockBounds, classify_blocks
-from flexprefill_compile.block_masks.observing import sample_rows
+from flexprefill_compile.block_masks.observed_attention import sample_rows
 
 from ..graph.operands import shares_memory
 from ..graph.operations import edited_inputs

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexprefill_compile.block_masks.estimators.flexprefill import representative
-from flexprefill_compile.block_masks.estimators.flexprefill.masked_choose import list_runs
+from flexprefill_compile.block_masks.attention_inputs import SCORES_AT_ONCE
 from flexprefill_compile.block_masks.estimators.flexprefill.masked_representative import (
     ScoreRule,
     compute_masked_attention,
 )
+from flexprefill_compile.block_masks.estimators.flexprefill.masked_selection import list_segments
 from flexprefill_compile.block_masks.estimators.flexprefill.patterns import is_masked_query_aware
 from flexprefill_compile.block_masks.estimators.flexprefill.query_aware import select_masked_query_aware
 from flexprefill_compile.block_masks.estimators.flexprefill.reference import select_head
@@ -27,7 +27,7 @@ from flexprefill_compile.block_masks.masked_prefill import select_masked_prefill
 from flexprefill_compile.block_masks.masks.facts import MaskFacts, describe_mask, representative_indices
 from flexprefill_compile.block_masks.masks.intervals import BlockBounds
 from flexprefill_compile.block_masks.prefill import select_prefill_blocks
-from flexprefill_compile.block_masks.segments import Runs
+from flexprefill_compile.block_masks.segments import Segments
 from flexprefill_compile.block_masks.select import select_cumulative
 from flexprefill_compile.settings.config import SparsePrefillConfig
 
@@ -218,9 +218,9 @@ def test_columns_and_diagonals_are_those_of_each_pair_of_tokens(
     facts = masks.find_facts(mask_mod, sizes, BLOCK, offset=offset, is_packed=is_packed)
     key_index = representative_indices(facts.rows, 1, 1, sizes.key_length)[-1]
     rule = ScoreRule(SCALE, softcap, (slope * key_index).expand(1, 1, *facts.row_mask.shape[2:]) if slope else None)
-    with mock.patch.dict(representative.SCORES_AT_ONCE, cpu=at_once):
-        pooled = compute_masked_attention(query, key, facts, rule, list_runs(facts), torch.float64).pooled
-    has_runs = facts.rows.shape[1] > 1
+    with mock.patch.dict(SCORES_AT_ONCE, cpu=at_once):
+        pooled = compute_masked_attention(query, key, facts, rule, list_segments(facts), torch.float64).pooled
+    has_segments = facts.rows.shape[1] > 1
 
     columns, diagonals = torch.zeros_like(pooled.columns), torch.zeros_like(pooled.diagonals)
     mask = masks.materialise(mask_mod, sizes)
@@ -236,7 +236,7 @@ def test_columns_and_diagonals_are_those_of_each_pair_of_tokens(
             # Query blocks begin at multiples of the block before or after the offset: as if there were more keys.
             shift = -offset % BLOCK
             first, last = counted[0] // BLOCK, (rows[-1] + offset + shift) // BLOCK
-            last = min(last, counted[-1] // BLOCK) if has_runs else last
+            last = min(last, counted[-1] // BLOCK) if has_segments else last
             for index, query_row in enumerate(rows):
                 for k in counted:
                     weight = weights[:, index, k]
@@ -410,9 +410,12 @@ def test_a_pattern_is_judged_by_the_blocks_that_the_representative_queries_see()
 
 def test_one_packed_sequence_is_estimated_as_one_prompt() -> None:
     """Where every block is possible, so that no zeros stand at the end of the sorted estimate."""
-    logits, runs = torch.randn(2, 3, 6, 6, dtype=torch.float64), Runs(torch.zeros(6).long(), torch.full((6,), 5))
+    logits, segments = (
+        torch.randn(2, 3, 6, 6, dtype=torch.float64),
+        Segments(torch.zeros(6).long(), torch.full((6,), 5)),
+    )
     candidates = torch.ones(1, 1, 6, 6, dtype=torch.bool)
     for gamma in (0.3, 0.7, 0.999):
-        packed, _ = select_masked_query_aware(logits.clone(), candidates, gamma, runs)
+        packed, _ = select_masked_query_aware(logits.clone(), candidates, gamma, segments)
         alone, _ = select_masked_query_aware(logits.clone(), candidates, gamma, None)
         assert torch.equal(packed, alone)

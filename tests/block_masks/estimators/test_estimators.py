@@ -15,20 +15,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexprefill_compile.block_masks import create_prefill_block_mask
+from flexprefill_compile.block_masks.attention_inputs import SCORES_AT_ONCE
 from flexprefill_compile.block_masks.estimators.flexprefill.masked_representative import ScoreRule
-from flexprefill_compile.block_masks.estimators.flexprefill.representative import SCORES_AT_ONCE
 from flexprefill_compile.block_masks.estimators.inputs import EstimatorInputs
-from flexprefill_compile.block_masks.estimators.table import SCORING
+from flexprefill_compile.block_masks.estimators.table import ESTIMATORS
 from flexprefill_compile.block_masks.layout import AttentionSizes, count_blocks, create_causal_grid
 from flexprefill_compile.block_masks.masked_prefill import select_masked_prefill_blocks
 from flexprefill_compile.block_masks.prefill import select_prefill_blocks
 from flexprefill_compile.settings.config import SparsePrefillConfig
-from flexprefill_compile.settings.registry import BUILT_IN
 
 BLOCK = 32
 SCALE = 0.25
+BUILT_IN = list(ESTIMATORS)
 NEW = [name for name in BUILT_IN if name != "flexprefill"]
 LOOKING = [name for name in BUILT_IN if name not in ("streaming", "dense")]
+SCORING = {name: row.score for name, row in ESTIMATORS.items() if row.score is not None}
 SELECT = torch.ops.flexprefill.select_blocks.default
 SELECT_MASKED = torch.ops.flexprefill.select_masked_blocks.default
 
