@@ -1,7 +1,7 @@
 """Block selection under any mask: the kernel of the op ``flexprefill::select_masked_blocks``.
 
-The steps are those of ``prefill.py``, for each sequence that the mask holds. ``mask_facts.py`` says what a sequence is
-and which tokens count.
+The steps are those of ``prefill.py``, for each sequence that the mask holds. ``masks/facts.py`` says what a sequence
+is and which tokens count.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexprefill_compile.ops import SELECT_MASKED_BLOCKS
+from flexprefill_compile.ops import SELECT_MASKED_BLOCKS, define_select_masked_blocks
 from flexprefill_compile.settings.config import SparsePrefillConfig
 
 from .estimators.flexprefill.masked_representative import ScoreRule
@@ -83,43 +83,18 @@ def _find_dense_rows(facts: MaskFacts, config: SparsePrefillConfig) -> Tensor:
 
 
 def _select_masked_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    certain: Tensor,
-    possible: Tensor,
-    required: Tensor,
-    rows: Tensor,
-    row_mask: Tensor,
-    key_counts: Tensor,
-    query_counts: Tensor,
-    first_block: Tensor,
-    last_block: Tensor,
-    block_offset: Tensor,
-    offset: Tensor,
-    score_bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    *selection: Any,
+    query: Tensor, key: Tensor, value: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    facts = MaskFacts(
-        certain=certain,
-        possible=possible,
-        required=required,
-        rows=rows,
-        row_mask=row_mask,
-        key_counts=key_counts,
-        query_counts=query_counts,
-        first_block=first_block,
-        last_block=last_block,
-        block_offset=block_offset,
-        offset=offset,
-    )
+    num_facts = len(MaskFacts._fields)
+    facts = MaskFacts(*arguments[:num_facts])
+    score_bias, scale, softcap, *selection = arguments[num_facts:]
     config = SparsePrefillConfig.from_selection(*selection)
     rule = ScoreRule(scale, softcap, score_bias)
-    tables = pack_masked_blocks(select_masked_prefill_blocks(query, key, value, facts, rule, config), certain)
-    record(tables, possible)
+    selected = select_masked_prefill_blocks(query, key, value, facts, rule, config)
+    tables = pack_masked_blocks(selected, facts.certain)
+    record(tables, facts.possible)
     return tables
 
 
+define_select_masked_blocks(MaskFacts._fields)
 torch.library.impl(SELECT_MASKED_BLOCKS, ("CPU", "CUDA"), _select_masked_blocks)
