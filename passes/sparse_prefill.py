@@ -12,10 +12,11 @@ from flexprefill_compile.report import Rewritten, Site, Skipped, SkipReason
 from flexprefill_compile.settings.config import DensityCeiling, SparsePrefillConfig
 
 from .base import GraphPass, graph_modules
+from .graph.nodes import example_of
 from .layer_config import check_number_of_layers, config_for_layer, number_layer
-from .lift.site import LiftedMasks, LiftedSite, lift_site
+from .lift.lifted_site import LiftedMasks, LiftedSite, lift_site
 from .match.attention import match_attention
-from .match.site import AttentionSite, example_of
+from .match.site import AttentionSite
 from .rewrite.attention import rewrite_attention
 from .rewrite.kernel_options import refuse_flash
 from .rewrite.shared_masks import MaskSharing

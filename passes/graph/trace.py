@@ -15,8 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from flexprefill_compile.torch_internals import FakeTensor, make_fx_under
 
-from ..match.site import example_of
-from .operations import argument, operation
+from .nodes import argument, example_of
+from .operations import operation
 
 # A mask's graph is tens of nodes; what is longer depends on the model's own computation.
 MOST_ANCESTORS = 400

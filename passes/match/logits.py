@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.fx import Node
 
+from ..graph.nodes import argument, example_of, first_input
 from ..graph.operations import (
     CASTS,
     DROPOUT,
@@ -20,13 +21,10 @@ from ..graph.operations import (
     REARRANGEMENTS,
     TRANSPOSITIONS,
     VIEWS,
-    argument,
-    first_input,
     is_last_dimension,
     operation,
     product_operands,
 )
-from .site import example_of
 
 # Through these the scores may be recognised as such, though not understood.
 LOOSE_STEPS = ELEMENTWISE | VIEWS | CASTS | DROPOUT | EXPANSIONS | TRANSPOSITIONS | REARRANGEMENTS

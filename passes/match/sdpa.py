@@ -20,23 +20,11 @@ from flexprefill_compile.report import Skipped, SkipReason
 from flexprefill_compile.settings.config import SparsePrefillConfig
 from flexprefill_compile.torch_internals import guard_or_false
 
-from ..graph.operands import Operand, share_key_heads
-from .checks import (
-    refuse_decode,
-    refuse_dropout,
-    refuse_gradient,
-    refuse_heads,
-    refuse_tensors,
-)
-from .lengths import Refusal, refuse_lengths
-from .site import (
-    AttentionSite,
-    IsCausal,
-    Masked,
-    describe_shapes,
-    example_of,
-    name_of,
-)
+from ..graph.nodes import example_of, name_of
+from .operands import Operand, share_key_heads
+from .prefill_lengths import refuse_lengths
+from .refusals import Refusal, refuse_decode, refuse_dropout, refuse_gradient, refuse_heads, refuse_tensors
+from .site import AttentionSite, IsCausal, Masked, describe_shapes
 
 SDPA_TARGETS = frozenset(
     {

@@ -32,12 +32,13 @@ from flexprefill_compile.block_masks.prefill import causal_mask, create_block_ma
 from flexprefill_compile.settings.config import DensityCeiling, SparsePrefillConfig
 from flexprefill_compile.torch_internals import complete_kernel_options, flex_attention_hop
 
+from ..graph.nodes import example_of
+from ..lift.lifted_site import LiftedSite
 from ..lift.mask import INDEX_NAMES
 from ..lift.scores import ScoreParts
-from ..lift.site import LiftedSite
-from ..match.site import AttentionSite, Logits, Masked, example_of
-from .ceiling import insert_choice
+from ..match.site import AttentionSite, Logits, Masked
 from .cpu_workarounds import realize_on_cpu
+from .density_branches import insert_branches
 from .kernel_options import choose_kernel_options
 from .shared_masks import MaskSharing
 
@@ -190,7 +191,7 @@ def _insert_attention(
     )
     if ceiling is not None and lifted.is_plain and (ceiling.binds_flash or options.get("BACKEND") != "FLASH"):
         operands = [*inputs, *selection.tables]
-        attention = insert_choice(sharing.module, operands, arguments, selection.lengths[0], ceiling)
+        attention = insert_branches(sharing.module, operands, arguments, selection.lengths[0], ceiling)
     else:
         attention = sharing.graph.call_function(flex_attention_hop, arguments)
     query, value = examples[0], examples[2]

@@ -24,13 +24,13 @@ from flexprefill_compile.block_masks.masks.facts import MaskFacts, describe_mask
 from flexprefill_compile.block_masks.masks.intervals import BlockBounds, classify_blocks
 from flexprefill_compile.block_masks.observing import sample_rows
 
-from ..graph.operands import shares_memory
-from ..graph.operations import edited_inputs
+from ..graph.edits import edited_inputs, shares_memory
+from ..graph.nodes import example_of
 from ..graph.trace import TracedValue, ancestors_of, inline
+from ..lift.lifted_site import LiftedMasks, LiftedSite
 from ..lift.mask import Capture
 from ..lift.scores import ElementFunction
-from ..lift.site import LiftedMasks, LiftedSite
-from ..match.site import FlexMods, example_of
+from ..match.site import FlexMods
 from .cpu_workarounds import realize_on_cpu
 
 

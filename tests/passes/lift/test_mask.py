@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional as F
 
+from flexprefill_compile.passes.lift.lifted_site import LiftedSite
 from flexprefill_compile.passes.lift.scores import ElementFunction
-from flexprefill_compile.passes.lift.site import LiftedSite
 from flexprefill_compile.passes.sparse_prefill import ConfiguredSite, Layers, find_attention
 from flexprefill_compile.report import SkipReason
 from flexprefill_compile.settings.config import SparsePrefillConfig

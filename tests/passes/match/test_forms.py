@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from flexprefill_compile.passes.graph.nodes import example_of
 from flexprefill_compile.passes.graph.operations import operation
-from flexprefill_compile.passes.match.site import AttentionSite, FlexMods, Logits, Masked, example_of
+from flexprefill_compile.passes.match.site import AttentionSite, FlexMods, Logits, Masked
 from flexprefill_compile.report import Skipped, SkipReason
 
 BATCH, HEADS, KV_HEADS, LENGTH, HEAD_DIM = 2, 4, 2, 40, 16

@@ -28,7 +28,7 @@ from flexprefill_compile.torch_internals import flex_attention_hop
 OPERANDS = ("query", "key", "value", *BlockTables._fields)
 
 
-def insert_choice(
+def insert_branches(
     module: GraphModule,
     operands: Sequence[Node],
     arguments: tuple[Any, ...],

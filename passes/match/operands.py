@@ -20,19 +20,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from flexprefill_compile.torch_internals import share_storage, statically_known_true
+from flexprefill_compile.torch_internals import statically_known_true
 
-from ..match.site import example_of
-from .operations import (
-    CASTS,
-    EXPANSIONS,
-    TRANSPOSITIONS,
-    VIEWS,
-    argument,
-    edited_inputs,
-    first_input,
-    operation,
-)
+from ..graph.edits import edited_inputs, shares_memory
+from ..graph.nodes import argument, example_of, first_input
+from ..graph.operations import CASTS, EXPANSIONS, TRANSPOSITIONS, VIEWS, operation
 
 
 class Operand(NamedTuple):
@@ -117,12 +109,6 @@ def is_edited(operand: Operand, until: Node) -> bool:
             return True
         node = node.next
     return False
-
-
-def shares_memory(node: Node, tensor: Tensor) -> bool:
-    """Tell whether a node's value and a tensor of the same graph are views of one piece of memory."""
-    example = example_of(node)
-    return isinstance(example, Tensor) and share_storage(example, tensor)
 
 
 def swaps_last_dimensions(node: Node) -> bool:

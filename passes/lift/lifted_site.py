@@ -18,11 +18,11 @@ from flexprefill_compile.report import SkipReason
 from flexprefill_compile.settings.config import SparsePrefillConfig
 from flexprefill_compile.torch_internals import statically_known_true
 
-from ..graph.operands import shares_memory
-from ..graph.operations import edited_inputs
+from ..graph.edits import edited_inputs, shares_memory
+from ..graph.nodes import example_of
 from ..graph.trace import TracedValue, bind_number, trace, trace_value
-from ..match.lengths import Refusal
-from ..match.site import AttentionSite, FlexMods, IsCausal, Logits, Masked, example_of
+from ..match.refusals import Refusal
+from ..match.site import AttentionSite, FlexMods, IsCausal, Logits, Masked
 from .bounds import MaskBounds, find_bounds
 from .mask import INDEX_NAMES, Capture, LiftedElement, Lifter, NotLiftableError
 from .rules import RULES

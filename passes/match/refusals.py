@@ -14,8 +14,10 @@ from torch import Tensor
 from flexprefill_compile.report import SkipReason
 from flexprefill_compile.torch_internals import FakeTensor, guard_or_false, statically_known_true
 
-from .lengths import Refusal
 from .site import describe_shape
+
+# Why an attention stays dense, and the value that decided.
+Refusal = tuple[SkipReason, str]
 
 SUPPORTED_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 SUPPORTED_DEVICES = frozenset({"cpu", "cuda"})

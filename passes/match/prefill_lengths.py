@@ -12,7 +12,7 @@ from flexprefill_compile.report import SkipReason
 from flexprefill_compile.settings.config import SparsePrefillConfig
 from flexprefill_compile.torch_internals import guard_or_false, statically_known_true
 
-Refusal = tuple[SkipReason, str]
+from .refusals import Refusal
 
 
 def refuse_lengths(
