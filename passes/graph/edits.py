@@ -9,26 +9,10 @@ from flexprefill_compile.torch_internals import OpOverload, OpOverloadPacket, sh
 
 from .nodes import argument, example_of
 
-_IN_PLACE_OPERATORS = frozenset(
-    [
-        "setitem",
-        "delitem",
-        "iadd",
-        "iand",
-        "iconcat",
-        "ifloordiv",
-        "ilshift",
-        "imatmul",
-        "imod",
-        "imul",
-        "ior",
-        "ipow",
-        "irshift",
-        "isub",
-        "itruediv",
-        "ixor",
-    ]
-)
+# Functions of the operator module, e.g. operator.iadd.
+_IN_PLACE_OPERATORS = """
+    setitem delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor
+"""
 
 
 def edited_inputs(node: Node) -> list[Node]:
@@ -53,5 +37,5 @@ def _edits_in_place(node: Node) -> bool:
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in {"__invert__", "__index__"})
     if getattr(node.target, "__module__", None) == "_operator":
-        return name in _IN_PLACE_OPERATORS
+        return name in _IN_PLACE_OPERATORS.split()
     return name.endswith("_")

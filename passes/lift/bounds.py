@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from ..graph.trace import ancestors_of
-from .mask import is_read_by_pair
+from .elements import is_read_by_pair
 from .scores import ElementFunction
 
 aten = torch.ops.aten

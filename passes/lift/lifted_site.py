@@ -24,9 +24,11 @@ from ..graph.trace import TracedValue, bind_number, trace, trace_value
 from ..match.refusals import Refusal
 from ..match.site import AttentionSite, FlexMods, IsCausal, Logits, Masked
 from .bounds import MaskBounds, find_bounds
-from .mask import INDEX_NAMES, Capture, LiftedElement, Lifter, NotLiftableError
-from .rules import RULES
+from .elements import INDEX_NAMES, Capture, LiftedElement, NotLiftableError
+from .lifter import Lifter
 from .scores import ScoreParts, split_logit, split_mask
+from .value_rules import VALUE_RULES
+from .view_rules import VIEW_RULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +56,10 @@ class LiftedSite:
         return is_alone and (self.parts.mask is None or statically_known_true(query_length == key_length))
 
 
+_RULES = VIEW_RULES | VALUE_RULES
+
 PLAIN = MaskBounds(is_causal=True, offset=None, is_packed=False, is_given=False, is_plain=True)
-NOTHING_TRACED = TracedValue(Graph(), (), (), {})
+_NOTHING_TRACED = TracedValue(Graph(), (), (), {})
 
 
 # By the node of a mask: what one layer found out, the others needn't.
@@ -71,7 +75,7 @@ def lift_site(site: AttentionSite, config: SparsePrefillConfig, known: LiftedMas
         known: Masks lifted before; gains this one.
     """
     if isinstance(site.scores, IsCausal):
-        return LiftedSite(site, ScoreParts(None, None, _scale_of(site), None), PLAIN, NOTHING_TRACED)
+        return LiftedSite(site, ScoreParts(None, None, _scale_of(site), None), PLAIN, _NOTHING_TRACED)
     taken = _take_apart_once(site, config, known)
     if isinstance(taken[0], SkipReason):
         return taken
@@ -117,12 +121,12 @@ def _take_apart(site: AttentionSite, config: SparsePrefillConfig) -> tuple[Trace
         case Masked(mask=mask):
             traced = trace_value(mask)
             _check_edits(mask, traced, reader=site.node, exempt=())
-            lifted = Lifter(traced, None, config.max_mask_elements, RULES).lift()
+            lifted = Lifter(traced, None, config.max_mask_elements, _RULES).lift()
             return traced, split_mask(lifted, example_of(mask).dtype, _scale_of(site))
         case Logits(scores=scores, logits=logits, steps=steps):
             traced = trace_value(logits, product=scores)
             _check_edits(logits, traced, reader=site.node, exempt=steps)
-            lifted = Lifter(traced, int(example_of(site.query).shape[1]), config.max_mask_elements, RULES).lift()
+            lifted = Lifter(traced, int(example_of(site.query).shape[1]), config.max_mask_elements, _RULES).lift()
             parts = split_logit(lifted, example_of(logits).dtype)
             return traced, dataclasses.replace(parts, scale=parts.scale * _scale_of(site))
         case FlexMods() as mods:

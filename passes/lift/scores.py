@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..graph.trace import ancestors_of
-from .mask import (
+from .elements import (
     INDEX_NAMES,
     Capture,
     Element,

@@ -33,8 +33,8 @@ from flexprefill_compile.settings.config import DensityCeiling, SparsePrefillCon
 from flexprefill_compile.torch_internals import complete_kernel_options, flex_attention_hop
 
 from ..graph.nodes import example_of
+from ..lift.elements import INDEX_NAMES
 from ..lift.lifted_site import LiftedSite
-from ..lift.mask import INDEX_NAMES
 from ..lift.scores import ScoreParts
 from ..match.site import AttentionSite, Logits, Masked
 from .cpu_workarounds import realize_on_cpu

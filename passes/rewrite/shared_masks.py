@@ -27,8 +27,8 @@ from flexprefill_compile.block_masks.observing import sample_rows
 from ..graph.edits import edited_inputs, shares_memory
 from ..graph.nodes import example_of
 from ..graph.trace import TracedValue, ancestors_of, inline
+from ..lift.elements import Capture
 from ..lift.lifted_site import LiftedMasks, LiftedSite
-from ..lift.mask import Capture
 from ..lift.scores import ElementFunction
 from ..match.site import FlexMods
 from .cpu_workarounds import realize_on_cpu
