@@ -19,7 +19,7 @@ from .match.attention import match_attention
 from .match.site import AttentionSite
 from .rewrite.attention import rewrite_attention
 from .rewrite.kernel_options import refuse_flash
-from .rewrite.shared_masks import MaskSharing
+from .rewrite.mask_sharing import MaskSharing
 
 
 class SparsePrefillPass(GraphPass):

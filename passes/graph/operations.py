@@ -44,10 +44,10 @@ REARRANGEMENTS = _names("""
     triu repeat_interleave max min amax einsum
 """)
 # They read a tensor's sizes and not its elements.
-METADATA = _names("size dim shape ndim numel sym_size")
+_METADATA = _names("size dim shape ndim numel sym_size")
 
 _NAMES = SOFTMAX.union(
-    PRODUCTS, DROPOUT, VIEWS, CASTS, EXPANSIONS, TRANSPOSITIONS, ELEMENTWISE, REARRANGEMENTS, METADATA
+    PRODUCTS, DROPOUT, VIEWS, CASTS, EXPANSIONS, TRANSPOSITIONS, ELEMENTWISE, REARRANGEMENTS, _METADATA
 )
 _FUNCTIONS: dict[Any, str] = {
     function: name
@@ -86,7 +86,7 @@ def is_last_dimension(dimension: Any, rank: int) -> bool:
 
 def live_users(node: Node) -> list[Node]:
     """Return the nodes that use a node's elements and are of use themselves."""
-    return [user for user in node.users if operation(user) not in METADATA and _is_live(user)]
+    return [user for user in node.users if operation(user) not in _METADATA and _is_live(user)]
 
 
 def _is_live(node: Node, depth: int = 8) -> bool:

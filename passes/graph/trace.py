@@ -19,7 +19,7 @@ from .nodes import argument, example_of
 from .operations import operation
 
 # A mask's graph is tens of nodes; what is longer depends on the model's own computation.
-MOST_ANCESTORS = 400
+_MOST_ANCESTORS = 400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def trace_value(value: Node, product: Node | None = None) -> TracedValue:
         return node.op in ("placeholder", "get_attr") or isinstance(example_of(node), SymInt)
 
     ancestors = _find_ancestors(value, is_leaf, product)
-    if len(ancestors) > MOST_ANCESTORS:
+    if len(ancestors) > _MOST_ANCESTORS:
         raise ValueError(f"computed by {len(ancestors)} operations")
     copied = Graph()
     copies: dict[Node, Any] = {}

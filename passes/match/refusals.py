@@ -19,9 +19,9 @@ from .site import describe_shape
 # Why an attention stays dense, and the value that decided.
 Refusal = tuple[SkipReason, str]
 
-SUPPORTED_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-SUPPORTED_DEVICES = frozenset({"cpu", "cuda"})
-SMALLEST_HEAD_DIM = 16
+_SUPPORTED_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_SUPPORTED_DEVICES = frozenset({"cpu", "cuda"})
+_SMALLEST_HEAD_DIM = 16
 
 
 def refuse_tensors(*tensors: Any) -> Refusal | None:
@@ -29,10 +29,10 @@ def refuse_tensors(*tensors: Any) -> Refusal | None:
     for tensor in tensors:
         if type(tensor) is not FakeTensor:
             return SkipReason.TENSOR_SUBCLASS, type(tensor).__name__
-        if tensor.device.type not in SUPPORTED_DEVICES:
+        if tensor.device.type not in _SUPPORTED_DEVICES:
             return SkipReason.DEVICE, str(tensor.device)
     output = tensors[-1]
-    if output.dtype not in SUPPORTED_DTYPES:
+    if output.dtype not in _SUPPORTED_DTYPES:
         return SkipReason.DTYPE, str(output.dtype)
     return None
 
@@ -76,6 +76,6 @@ def refuse_heads(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool)
     if num_kv_heads != num_value_heads or not shares_heads:
         return SkipReason.SHAPE, shapes
     smallest = min(int(query.shape[-1]), int(value.shape[-1]))
-    if smallest < SMALLEST_HEAD_DIM:
-        return SkipReason.HEAD_DIM, f"{smallest} < {SMALLEST_HEAD_DIM}"
+    if smallest < _SMALLEST_HEAD_DIM:
+        return SkipReason.HEAD_DIM, f"{smallest} < {_SMALLEST_HEAD_DIM}"
     return None

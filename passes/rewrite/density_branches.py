@@ -25,7 +25,7 @@ from flexprefill_compile.block_masks.layout import BlockTables
 from flexprefill_compile.settings.config import DensityCeiling
 from flexprefill_compile.torch_internals import flex_attention_hop
 
-OPERANDS = ("query", "key", "value", *BlockTables._fields)
+_OPERANDS = ("query", "key", "value", *BlockTables._fields)
 
 
 def insert_branches(
@@ -63,7 +63,7 @@ def insert_branches(
 def _write_sparse_branch(module: GraphModule, operands: Sequence[Node], arguments: tuple[Any, ...]) -> GraphModule:
     """Write the FlexAttention as a graph of its own, which measures the length itself."""
     graph = Graph()
-    inner = {operand: graph.placeholder(name) for operand, name in zip(operands, OPERANDS, strict=True)}
+    inner = {operand: graph.placeholder(name) for operand, name in zip(operands, _OPERANDS, strict=True)}
     functions: dict[str, Any] = {}
 
     def translate(node: Node) -> Node:
@@ -81,7 +81,7 @@ def _write_sparse_branch(module: GraphModule, operands: Sequence[Node], argument
 
 def _write_dense_branch(scale: float) -> GraphModule:
     graph = Graph()
-    query, key, value, *_ = (graph.placeholder(name) for name in OPERANDS)
+    query, key, value, *_ = (graph.placeholder(name) for name in _OPERANDS)
     output = graph.call_function(torch.ops.flexprefill.attend_densely.default, (query, key, value, scale))
     graph.output((output,))
     return GraphModule({}, graph)
