@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from flexprefill_compile.passes.lift.lifted_site import LiftedSite
-from flexprefill_compile.passes.lift.scores import ElementFunction
+from flexprefill_compile.passes.lift.score_parts import ElementFunction
 
 
 def run_nodes(graph_module: GraphModule, inputs: dict[str, Any]) -> dict[Node, Any]:
