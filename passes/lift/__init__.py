@@ -1,1 +1,1 @@
-"""From a mask to a formula of one query and one key, or the reason why attention stays dense. Never changes the graph."""
+"""From a mask to a formula of one query and one key, or the reason why there is none. Never changes the graph."""
