@@ -59,7 +59,7 @@ class LiftedSite:
 
 _RULES = VIEW_RULES | VALUE_RULES
 
-PLAIN = MaskBounds(is_causal=True, offset=None, is_packed=False, is_given=False, is_plain=True)
+_PLAIN = MaskBounds(is_causal=True, offset=None, is_packed=False, is_given=False, is_plain=True)
 _NOTHING_TRACED = TracedValue(Graph(), (), (), {})
 
 
@@ -76,7 +76,7 @@ def lift_site(site: AttentionSite, config: SparsePrefillConfig, known: LiftedMas
         known: The masks lifted before. The function adds this one.
     """
     if isinstance(site.scores, IsCausal):
-        return LiftedSite(site, ScoreParts(None, None, _scale_of(site), None), PLAIN, _NOTHING_TRACED)
+        return LiftedSite(site, ScoreParts(None, None, _scale_of(site), None), _PLAIN, _NOTHING_TRACED)
     taken = _take_apart_once(site, config, known)
     if isinstance(taken[0], SkipReason):
         return taken
