@@ -54,7 +54,7 @@ docs: $(STAMP) link  ## Build the docs site, with API reference, in build/site
 
 package: $(STAMP)  ## Build and check wheel and sdist; compile with the wheel, without the checkout
 	rm -rf dist $(WHEEL_VENV)
-	$(BIN)/python -m build --outdir dist >/dev/null  # the wheel is built from the sdist
+	$(BIN)/python -m build --quiet --outdir dist  # builds the wheel from the sdist
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv $(WHEEL_VENV)
 	$(WHEEL_VENV)/bin/python -m pip install --quiet --no-deps dist/*.whl
