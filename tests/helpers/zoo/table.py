@@ -44,7 +44,7 @@ does not.
 
 VERSIONS = "transformers {transformers}, torch {torch}"
 HOW = {
-    False: "Rewritten graphs run without code generation; their block tables are checked against their masks pair by pair.",
+    False: "Rewritten graphs run without code generation. Their tables are checked against their masks pair by pair.",
     True: "Rewritten graphs are compiled by inductor.",
 }
 
