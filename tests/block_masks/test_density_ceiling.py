@@ -108,7 +108,7 @@ def test_what_cannot_be_lowered_is_tried_without_it(monkeypatch: pytest.MonkeyPa
     def fail(*_: Any) -> None:
         raise NotImplementedError("no branches here")
 
-    monkeypatch.setattr("flexprefill_compile.passes.rewrite.attention.insert_choice", fail)
+    monkeypatch.setattr("flexprefill_compile.passes.rewrite.attention.insert_branches", fail)
     backend = FlexPrefillBackend()
     sparse = torch.compile(causal_attention, backend=backend, options=OPTIONS | {"gamma": 0.5, "max_density": 0.01})
     inputs = inputs_of(333, spread=1)

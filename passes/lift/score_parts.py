@@ -1,8 +1,9 @@
-"""Take a lifted logit apart: what FlexAttention calls mask_mod and score_mod, and what the estimator must know.
+"""Take a lifted logit apart into a mask, a scale, a softcap and a bias.
 
     where((key <= query) & pad[batch, key], softcap * tanh(score * scale / softcap), -inf) + bias[head] * (key - query)
 
-is a mask, a scale, a softcap and a bias. A logit that is composed otherwise is refused.
+has all four. A logit that is composed otherwise is refused. FlexAttention takes the mask as its mask_mod, softcap and
+bias as its score_mod; the estimators take each.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..graph.trace import ancestors_of
-from .mask import (
+from .elements import (
     INDEX_NAMES,
     Capture,
     Element,
@@ -84,7 +85,7 @@ class _Splitter:
         self.lifted = lifted
         self.graph = lifted.graph
         self.score = self.graph.find_nodes(op="placeholder")[0]
-        # What is so low hides a key as -inf does, unless it hides all keys of a query.
+        # A number this low hides a key as -inf does, except where it hides all keys of a query.
         self.lowest = -math.inf if dtype == torch.bool else torch.finfo(dtype).min
         self.masks: list[Node] = []
         self.addends: list[Node] = []

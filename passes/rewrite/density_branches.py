@@ -1,4 +1,4 @@
-"""The two ways that attention under a ceiling on density can go, as the branches of ``torch.cond``.
+"""Choose sparse or dense attention at run time, by the density of the selected blocks, with ``torch.cond``.
 
     attention = flex_attention(q, k, v, ..., (S, S, *tables, ...), ...)
 
@@ -25,10 +25,10 @@ from flexprefill_compile.block_masks.layout import BlockTables
 from flexprefill_compile.settings.config import DensityCeiling
 from flexprefill_compile.torch_internals import flex_attention_hop
 
-OPERANDS = ("query", "key", "value", *BlockTables._fields)
+_OPERANDS = ("query", "key", "value", *BlockTables._fields)
 
 
-def insert_choice(
+def insert_branches(
     module: GraphModule,
     operands: Sequence[Node],
     arguments: tuple[Any, ...],
@@ -42,7 +42,7 @@ def insert_choice(
         operands: Query, key, value and the tables.
         arguments: Of the FlexAttention, in which the operands stand.
         length: Of the prompt: a node or a constant.
-        ceiling: When to run dense.
+        ceiling: Above which density, and from which length on, to run dense.
     """
     graph, choose = module.graph, torch.ops.flexprefill.is_sparse.default
     number = 1 + sum(node.target is choose for node in graph.nodes)
@@ -63,7 +63,7 @@ def insert_choice(
 def _write_sparse_branch(module: GraphModule, operands: Sequence[Node], arguments: tuple[Any, ...]) -> GraphModule:
     """Write the FlexAttention as a graph of its own, which measures the length itself."""
     graph = Graph()
-    inner = {operand: graph.placeholder(name) for operand, name in zip(operands, OPERANDS, strict=True)}
+    inner = {operand: graph.placeholder(name) for operand, name in zip(operands, _OPERANDS, strict=True)}
     functions: dict[str, Any] = {}
 
     def translate(node: Node) -> Node:
@@ -81,7 +81,7 @@ def _write_sparse_branch(module: GraphModule, operands: Sequence[Node], argument
 
 def _write_dense_branch(scale: float) -> GraphModule:
     graph = Graph()
-    query, key, value, *_ = (graph.placeholder(name) for name in OPERANDS)
+    query, key, value, *_ = (graph.placeholder(name) for name in _OPERANDS)
     output = graph.call_function(torch.ops.flexprefill.attend_densely.default, (query, key, value, scale))
     graph.output((output,))
     return GraphModule({}, graph)

@@ -1,4 +1,4 @@
-"""Every form of attention is found, and described as what the model computes."""
+"""Attention that a model wrote out is described as what it computes, or reported."""
 
 from __future__ import annotations
 
@@ -7,136 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.graphs import check_site, match_graphs
+from helpers.attention_forms import (
+    ADDED,
+    BATCH,
+    CAUSAL,
+    HEAD_DIM,
+    HEADS,
+    LENGTH,
+    SCALE,
+    match_one,
+    qkv,
+    repeat_kv,
+    skip_one,
+)
+from helpers.graphs import match_graphs
 from torch import Tensor, nn
-from torch.fx import Node
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from flexprefill_compile.passes.graph.operations import operation
-from flexprefill_compile.passes.match.site import AttentionSite, FlexMods, Logits, Masked, example_of
-from flexprefill_compile.report import Skipped, SkipReason
-
-BATCH, HEADS, KV_HEADS, LENGTH, HEAD_DIM = 2, 4, 2, 40, 16
-SCALE = HEAD_DIM**-0.5
-CAUSAL = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
-ADDED = torch.zeros(LENGTH, LENGTH).masked_fill(~CAUSAL, -1e9)
-Match = AttentionSite | Skipped
-Values = dict[Node, Any]
-
-
-def qkv(kv_heads: int = HEADS, key_length: int = LENGTH, **kwargs: Any) -> list[Tensor]:
-    torch.manual_seed(0)
-    query = torch.randn(BATCH, HEADS, LENGTH, HEAD_DIM, **kwargs)
-    return [query, *(torch.randn(BATCH, kv_heads, key_length, HEAD_DIM, **kwargs) for _ in range(2))]
-
-
-def match_one(call: Callable[..., Any], *inputs: Any, **kwargs: Any) -> AttentionSite:
-    """Return the only site of a call, compared with what the call computed."""
-    (match,), values = match_graphs(call, *inputs, **kwargs)
-    return check_site(match, values)
-
-
-def skip_one(call: Callable[..., Any], *inputs: Any) -> Skipped:
-    (match,), _ = match_graphs(call, *inputs)
-    assert isinstance(match, Skipped), match
-    return match
-
-
-def repeat_kv(x: Tensor, count: int = HEADS // KV_HEADS) -> Tensor:
-    batch, num_heads, length, head_dim = x.shape
-    x = x[:, :, None, :, :].expand(batch, num_heads, count, length, head_dim)
-    return x.reshape(batch, num_heads * count, length, head_dim)
-
-
-def test_sdpa_under_a_mask_is_a_site() -> None:
-    site = match_one(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, CAUSAL, scale=0.3), *qkv())
-    assert isinstance(site.scores, Masked)
-    assert site.scale == 0.3
-    added = match_one(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=ADDED), *qkv())
-    assert site.signature != added.signature
-
-
-def test_a_mask_lets_lengths_differ() -> None:
-    mask = torch.ones(LENGTH, 2 * LENGTH, dtype=torch.bool).tril(LENGTH)
-    inputs = qkv(key_length=2 * LENGTH)
-    match_one(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask), *inputs)
-    match_one(lambda q, k, v: (q @ k.mT).masked_fill(~mask, -1e9).softmax(-1) @ v, *inputs)
-
-
-REPETITIONS = {
-    "repeat_kv": repeat_kv,
-    "unsqueeze": lambda x: x.unsqueeze(2).expand(-1, -1, 2, -1, -1).contiguous().view(BATCH, HEADS, LENGTH, HEAD_DIM),
-    "repeat_interleave": lambda x: x.repeat_interleave(2, dim=1),
-    "torch.repeat_interleave": lambda x: torch.repeat_interleave(x, repeats=2, dim=-3),
-    "repeat": lambda x: x.unsqueeze(2).repeat(1, 1, 2, 1, 1).flatten(1, 2),
-    "broadcast_to": lambda x: torch.broadcast_to(x[:, :, None], (BATCH, 2, 2, LENGTH, HEAD_DIM)).reshape(
-        BATCH, -1, LENGTH, HEAD_DIM
-    ),
-}
-
-
-@pytest.mark.parametrize("repeat", REPETITIONS.values(), ids=REPETITIONS)
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_repeated_heads_are_undone(repeat: Callable[[Tensor], Tensor], dynamic: bool) -> None:
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, repeat(k), repeat(v), is_causal=True)
-
-    site = match_one(call, *qkv(KV_HEADS), dynamic=dynamic)
-    assert example_of(site.key).shape[1] == example_of(site.value).shape[1] == KV_HEADS
-    assert site.shapes.key.startswith(f"{example_of(site.key).shape[0]}x{KV_HEADS}x")
-
-
-def test_one_head_expanded_for_all_is_undone() -> None:
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k.expand_as(q), v.expand(-1, HEADS, -1, -1), is_causal=True)
-
-    assert example_of(match_one(call, *qkv(1)).key).shape[1] == 1
-
-
-def edit_after_repeating(x: Tensor) -> Tensor:
-    x = x.clone()
-    repeated = repeat_kv(x)
-    x.zero_()
-    return repeated
-
-
-OTHER_REPETITIONS = {
-    "heads in another order": (lambda x: x.repeat(1, 2, 1, 1), lambda x: x.repeat(1, 2, 1, 1)),
-    "heads in another order, expanded": (
-        lambda x: x[:, None].expand(-1, 2, -1, -1, -1).reshape(BATCH, HEADS, LENGTH, HEAD_DIM),
-    )
-    * 2,
-    "tokens, not heads": (
-        lambda x: x[:, :, : LENGTH // 2].repeat_interleave(2, dim=2).repeat(1, 2, 1, 1),
-        lambda x: x[:, :, : LENGTH // 2].repeat_interleave(2, dim=2).repeat(1, 2, 1, 1),
-    ),
-    "a transposition between": (
-        lambda x: x[:, :, None].expand(-1, -1, 2, -1, -1).transpose(1, 2).reshape(BATCH, HEADS, LENGTH, HEAD_DIM),
-        lambda x: x[:, :, None].expand(-1, -1, 2, -1, -1).transpose(1, 2).reshape(BATCH, HEADS, LENGTH, HEAD_DIM),
-    ),
-    "the key alone": (repeat_kv, lambda x: repeat_kv(x) + 0),
-    "bits read as another dtype": (lambda x: repeat_kv(x.bfloat16()).view(torch.float16).float(),) * 2,
-    "rounded": (lambda x: repeat_kv(x).bfloat16().float(),) * 2,
-    "edited since": (edit_after_repeating, repeat_kv),
-}
-
-
-@pytest.mark.parametrize("repeat", OTHER_REPETITIONS.values(), ids=OTHER_REPETITIONS)
-def test_what_repeats_otherwise_is_left(repeat: tuple[Callable[[Tensor], Tensor], ...]) -> None:
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, repeat[0](k), repeat[1](v), is_causal=True)
-
-    assert example_of(match_one(call, *qkv(KV_HEADS)).key).shape[1] == HEADS
-
-
-def test_tokens_that_repeat_are_no_heads() -> None:
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (x.repeat_interleave(2, dim=2) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    assert example_of(match_one(call, *qkv(key_length=LENGTH // 2)).key).shape[2] == LENGTH
+from flexprefill_compile.passes.match.site import AttentionSite, Logits
+from flexprefill_compile.report import SkipReason
 
 
 def merged_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -191,18 +81,6 @@ WRITTEN_OUT = {
 def test_attention_written_out_is_a_site(call: Callable[..., Tensor], dynamic: bool) -> None:
     site = match_one(call, *qkv(), dynamic=dynamic)
     assert isinstance(site.scores, Logits)
-
-
-def test_casts_that_lose_nothing_are_undone() -> None:
-    """GPT-J's way: the scores in float32 of a bfloat16 query and key."""
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights = (q.float() @ repeat_kv(k).to(torch.float32).mT + ADDED).softmax(-1)
-        return weights.type_as(v) @ repeat_kv(v)
-
-    site = match_one(call, *qkv(KV_HEADS, dtype=torch.bfloat16))
-    assert example_of(site.query).dtype == example_of(site.key).dtype == site.dtype == torch.bfloat16
-    assert example_of(site.key).shape[1] == KV_HEADS
 
 
 def hidden_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -376,67 +254,3 @@ def test_attention_in_checkpointed_code_is_a_site(name: str) -> None:
     (site,), _ = match_graphs(call, *qkv())
     assert isinstance(site, AttentionSite)
     assert isinstance(site.scores, Logits)
-
-
-BLOCK_MASK = create_block_mask(lambda b, h, q, k: q >= k, None, None, LENGTH, LENGTH, device="cpu")
-
-
-def flex_with_mods(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    def add_bias(score: Tensor, batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
-        return torch.tanh(score) + bias[head]
-
-    return flex_attention(q, k, v, add_bias, BLOCK_MASK, 0.3, enable_gqa=True)
-
-
-def test_a_flex_attention_call_is_a_site() -> None:
-    site = match_one(flex_with_mods, *qkv(KV_HEADS), torch.randn(HEADS))
-    mods = site.scores
-    assert isinstance(mods, FlexMods)
-    assert (site.scale, example_of(site.key).shape[1]) == (0.3, KV_HEADS)
-    score = mods.score_mod(*map(torch.tensor, (2.0, 0, 1, 2, 3)), bias := torch.arange(4.0))
-    assert score == torch.tensor(2.0).tanh() + bias[1]
-    assert [mods.mask_mod(*map(torch.tensor, (0, 0, q, k))).item() for q, k in [(2, 3), (3, 2)]] == [False, True]
-    assert [example_of(capture).shape for capture in mods.score_captures] == [(HEADS,)]
-    assert mods.mask_captures == ()
-    assert mods.block_mask[:2] == (LENGTH, LENGTH)
-    assert len(mods.block_mask) == len(BLOCK_MASK.as_tuple())
-    assert mods.kernel_options["OUTPUT_LOGSUMEXP"] is False
-    assert operation(site.node) == "getitem"
-
-
-def test_a_flex_attention_call_without_mods_is_a_site() -> None:
-    site = match_one(lambda q, k, v: flex_attention(q, repeat_kv(k), repeat_kv(v)), *qkv(KV_HEADS))
-    assert isinstance(site.scores, FlexMods)
-    assert example_of(site.key).shape[1] == KV_HEADS
-    other = match_one(flex_with_mods, *qkv(KV_HEADS), torch.randn(HEADS))
-    assert other.signature != site.signature
-
-
-def test_a_flex_attention_call_whose_logsumexp_is_used_stays_as_it_is() -> None:
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return flex_attention(q, k, v, return_lse=True)
-
-    assert skip_one(call, *qkv()).reason is SkipReason.WEIGHTS_USED
-    match_one(lambda *inputs: call(*inputs)[0], *qkv())
-    assert skip_one(lambda q, k, v: flex_attention(q[:, :, :1], k, v), *qkv()).reason is SkipReason.DECODE
-
-
-SIZE = HEADS * HEAD_DIM
-FUSED = {
-    "weights": (nn.MultiheadAttention(SIZE, HEADS, batch_first=True), {"need_weights": True}),
-    "no weights": (nn.MultiheadAttention(SIZE, HEADS, batch_first=True), {"need_weights": False}),
-    "causal": (nn.MultiheadAttention(SIZE, HEADS), {"attn_mask": ADDED, "is_causal": True, "need_weights": False}),
-    "layer": (nn.TransformerEncoderLayer(SIZE, HEADS, SIZE, batch_first=True), {}),
-    "causal layer": (nn.TransformerEncoderLayer(SIZE, HEADS, SIZE), {"src_mask": ADDED, "is_causal": True}),
-    "norm first": (nn.TransformerEncoderLayer(SIZE, HEADS, SIZE, norm_first=True), {"src_mask": ADDED}),
-}
-
-
-@pytest.mark.parametrize(("module", "options"), FUSED.values(), ids=FUSED)
-@torch.no_grad()
-def test_torch_s_own_attention_modules_are_reported(module: nn.Module, options: dict[str, Any]) -> None:
-    module.eval()
-    x = torch.randn(LENGTH, LENGTH, SIZE)
-    inputs = (x, x, x) if isinstance(module, nn.MultiheadAttention) else (x,)
-    skipped = skip_one(lambda *inputs: module(*inputs, **options), *inputs)
-    assert skipped.reason is SkipReason.FUSED

@@ -1,7 +1,7 @@
-"""What every form of attention has to be to run sparse: its tensors, dtype, device, heads, and no gradient.
+"""What keeps any form of attention dense: its tensors, dtype, device or heads, dropout, or a gradient.
 
-Each check returns why it can't, or None. Cheap facts come first; the lengths (prefill_shapes.py) last, because they may
-add guards.
+Each function returns a reason, or None. Matchers check these cheap facts first and lengths (prefill_lengths.py) last,
+because a check of lengths may add guards.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from torch import Tensor
 from flexprefill_compile.report import SkipReason
 from flexprefill_compile.torch_internals import FakeTensor, guard_or_false, statically_known_true
 
-from .lengths import Refusal
 from .site import describe_shape
 
-SUPPORTED_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-SUPPORTED_DEVICES = frozenset({"cpu", "cuda"})
-SMALLEST_HEAD_DIM = 16
+# Why an attention stays dense, and the value that decided.
+Refusal = tuple[SkipReason, str]
+
+_SUPPORTED_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_SUPPORTED_DEVICES = frozenset({"cpu", "cuda"})
+_SMALLEST_HEAD_DIM = 16
 
 
 def refuse_tensors(*tensors: Any) -> Refusal | None:
@@ -27,10 +29,10 @@ def refuse_tensors(*tensors: Any) -> Refusal | None:
     for tensor in tensors:
         if type(tensor) is not FakeTensor:
             return SkipReason.TENSOR_SUBCLASS, type(tensor).__name__
-        if tensor.device.type not in SUPPORTED_DEVICES:
+        if tensor.device.type not in _SUPPORTED_DEVICES:
             return SkipReason.DEVICE, str(tensor.device)
     output = tensors[-1]
-    if output.dtype not in SUPPORTED_DTYPES:
+    if output.dtype not in _SUPPORTED_DTYPES:
         return SkipReason.DTYPE, str(output.dtype)
     return None
 
@@ -74,6 +76,6 @@ def refuse_heads(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool)
     if num_kv_heads != num_value_heads or not shares_heads:
         return SkipReason.SHAPE, shapes
     smallest = min(int(query.shape[-1]), int(value.shape[-1]))
-    if smallest < SMALLEST_HEAD_DIM:
-        return SkipReason.HEAD_DIM, f"{smallest} < {SMALLEST_HEAD_DIM}"
+    if smallest < _SMALLEST_HEAD_DIM:
+        return SkipReason.HEAD_DIM, f"{smallest} < {_SMALLEST_HEAD_DIM}"
     return None

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 
-from flexprefill_compile.passes.match.lengths import refuse_lengths
+from flexprefill_compile.passes.match.prefill_lengths import refuse_lengths
 from flexprefill_compile.passes.sparse_prefill import find_signatures
 from flexprefill_compile.report import Rewritten, Skipped, SkipReason
 from flexprefill_compile.torch_internals import flex_attention_hop

@@ -20,19 +20,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from flexprefill_compile.torch_internals import share_storage, statically_known_true
+from flexprefill_compile.torch_internals import statically_known_true
 
-from ..match.site import example_of
-from .operations import (
-    CASTS,
-    EXPANSIONS,
-    TRANSPOSITIONS,
-    VIEWS,
-    argument,
-    edited_inputs,
-    first_input,
-    operation,
-)
+from ..graph.edits import edited_inputs, shares_memory
+from ..graph.nodes import argument, example_of, first_input
+from ..graph.operations import CASTS, EXPANSIONS, TRANSPOSITIONS, VIEWS, operation
 
 
 class Operand(NamedTuple):
@@ -62,13 +54,13 @@ def transpose_back(operand: Operand) -> Operand | None:
     """Return the (B, H, S, D) of an operand of (B, H, D, S) or (B * H, D, S) that is a transposition of it."""
     for earlier in _undo_views(operand):
         source = first_input(earlier.node)
-        keeps_matrices = same_shape(earlier.shape, operand.shape) or merges_heads(earlier.shape, operand.shape)
-        if source is not None and keeps_matrices and swaps_last_dimensions(earlier.node):
+        keeps_matrices = _same_shape(earlier.shape, operand.shape) or merges_heads(earlier.shape, operand.shape)
+        if source is not None and keeps_matrices and _swaps_last_dimensions(earlier.node):
             return split_heads(Operand(source, earlier.node))
     return None
 
 
-def undo_repetition(operand: Operand) -> Operand:
+def _undo_repetition(operand: Operand) -> Operand:
     """Return the (B, Hkv, S, D) of an operand of (B, H, S, D) whose heads repeat it; else the operand.
 
     Query head h has to attend with head h // (H / Hkv) of what is returned.
@@ -79,7 +71,7 @@ def undo_repetition(operand: Operand) -> Operand:
             continue
         if operation(repeated.node) in EXPANSIONS:
             return _undo_expansion(operand, repeated, Operand(source, repeated.node)) or operand
-        if operation(repeated.node) == "repeat_interleave" and same_shape(repeated.shape, operand.shape):
+        if operation(repeated.node) == "repeat_interleave" and _same_shape(repeated.shape, operand.shape):
             dimension, count = argument(repeated.node, 2, "dim"), argument(repeated.node, 1, "repeats")
             is_per_head = dimension in {1, -3} and isinstance(count, int) and len(operand.shape) == 4
             return Operand(source, repeated.node) if is_per_head else operand
@@ -101,9 +93,9 @@ def share_key_heads(key: Operand, value: Operand, until: Node) -> tuple[Operand,
         value: The operand of (B, H, Skv, Dv).
         until: Where what is returned will be read; its memory must not be edited before.
     """
-    shared = undo_repetition(key), undo_repetition(value)
+    shared = _undo_repetition(key), _undo_repetition(value)
     num_heads = [operand.shape[1:2] for operand in shared]
-    if not same_shape(*num_heads) or any(is_edited(operand, until) for operand in shared):
+    if not _same_shape(*num_heads) or any(is_edited(operand, until) for operand in shared):
         return key, value
     return shared
 
@@ -119,13 +111,7 @@ def is_edited(operand: Operand, until: Node) -> bool:
     return False
 
 
-def shares_memory(node: Node, tensor: Tensor) -> bool:
-    """Tell whether a node's value and a tensor of the same graph are views of one piece of memory."""
-    example = example_of(node)
-    return isinstance(example, Tensor) and share_storage(example, tensor)
-
-
-def swaps_last_dimensions(node: Node) -> bool:
+def _swaps_last_dimensions(node: Node) -> bool:
     """Tell whether a node transposes the last two dimensions of a tensor and leaves the others where they are."""
     name = operation(node)
     if name not in TRANSPOSITIONS:
@@ -147,10 +133,10 @@ def merges_heads(split: Sequence[Any], merged: Sequence[Any]) -> bool:
     """Tell whether ``split`` is (B, H, *, *) and ``merged`` the same, or (B * H, *, *)."""
     if len(split) != 4:
         return False
-    return same_shape(split, merged) or same_shape((split[0] * split[1], *split[2:]), merged)
+    return _same_shape(split, merged) or _same_shape((split[0] * split[1], *split[2:]), merged)
 
 
-def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+def _same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Tell whether two shapes are known to be equal, without a guard."""
     return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
@@ -172,12 +158,12 @@ def _undo_expansion(operand: Operand, expanded: Operand, source: Operand) -> Ope
     middle = (num_kv_heads, group) if len(expanded.shape) == 5 else (group,)
     unexpanded = (num_kv_heads, 1) if len(expanded.shape) == 5 else (1,)
     repeats_each_head = (
-        same_shape(source.shape, (batch, *unexpanded, length, head_dim))
-        and same_shape(expanded.shape, (batch, *middle, length, head_dim))
-        and same_shape(operand.shape, (batch, num_kv_heads * group, length, head_dim))
+        _same_shape(source.shape, (batch, *unexpanded, length, head_dim))
+        and _same_shape(expanded.shape, (batch, *middle, length, head_dim))
+        and _same_shape(operand.shape, (batch, num_kv_heads * group, length, head_dim))
     )
     heads = (batch, num_kv_heads, length, head_dim)
-    found = (earlier for earlier in _undo_views(source) if same_shape(earlier.shape, heads))
+    found = (earlier for earlier in _undo_views(source) if _same_shape(earlier.shape, heads))
     return next(found, None) if repeats_each_head else None
 
 
