@@ -19,12 +19,22 @@ from .checks import (
     settle_gamma,
 )
 from .policy import Policy, settle_policy
-from .registry import Estimator, check_estimator, name_estimator
+from .registry import Estimator, check_estimator, is_dense_estimator, name_estimator
 
 __all__ = ["InvalidOptionError", "SparsePrefillConfig", "split_options"]
 
 ON_SKIP = ("keep", "raise")
 KERNEL_BACKENDS = ("auto", "triton", "flash")
+# The fields that say which blocks to select, gamma first, with their types in the schemas of the ops that select.
+SELECTION = {
+    "gamma": "float[]",
+    "tau": "float",
+    "min_budget": "int",
+    "max_budget": "int?",
+    "block_size": "int",
+    "dense_last": "int",
+    "estimator": "str",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,15 +159,12 @@ class SparsePrefillConfig:
     @property
     def is_dense(self) -> bool:
         """Whether every block is computed, whatever the inputs."""
-        return self.max_budget is None and (min(self.gammas) == 1 or self.estimator == "dense")
+        return self.max_budget is None and (min(self.gammas) == 1 or is_dense_estimator(self.estimator))
 
     @property
     def selection(self) -> tuple[Any, ...]:
-        """The arguments that the selecting ops take last; ``from_selection`` is the way back."""
-        return (
-            *(self.gammas, self.tau, self.min_budget, self.max_budget),
-            *(self.block_size, self.dense_last, self.estimator),
-        )
+        """The fields of ``SELECTION``, as the selecting ops take them last; ``from_selection`` is the way back."""
+        return tuple(self.gammas if name == "gamma" else getattr(self, name) for name in SELECTION)
 
     @staticmethod
     def from_selection(gammas: list[float], *others: Any) -> SparsePrefillConfig:
@@ -166,25 +173,10 @@ class SparsePrefillConfig:
 
 
 @functools.lru_cache(maxsize=1024)
-def _recall_config(
-    gammas: tuple[float, ...],
-    tau: float,
-    min_budget: int,
-    max_budget: int | None,
-    block_size: int,
-    dense_last: int,
-    estimator: str,
-) -> SparsePrefillConfig:
+def _recall_config(gammas: tuple[float, ...], *others: Any) -> SparsePrefillConfig:
     """Make the config, and check it, once: that takes as long as launching a kernel."""
-    return SparsePrefillConfig(
-        gamma=gammas[0] if len(gammas) == 1 else gammas,
-        tau=tau,
-        min_budget=min_budget,
-        max_budget=max_budget,
-        block_size=block_size,
-        dense_last=dense_last,
-        estimator=estimator,
-    )
+    gamma = gammas[0] if len(gammas) == 1 else gammas
+    return SparsePrefillConfig(**dict(zip(SELECTION, (gamma, *others), strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)

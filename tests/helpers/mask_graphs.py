@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from flexprefill_compile.block_masks.layout import AttentionSizes
-from flexprefill_compile.block_masks.masks.intervals import BlockBounds
+from flexprefill_compile.block_masks.masks.intervals import BlockBounds, classify_blocks
 
 Mask = Callable[..., Tensor]
 
@@ -40,3 +40,17 @@ def classify_by_pairs(tokens: Tensor, block_size: int) -> BlockBounds:
         return blocks.all(-1).all(-2)
 
     return BlockBounds(all_of_blocks(tokens), ~all_of_blocks(~tokens))
+
+
+def classify(mask: Mask, captures: tuple[Any, ...], sizes: AttentionSizes, block_size: int) -> BlockBounds:
+    return classify_blocks(trace_mask(mask, *captures), captures, sizes, block_size, torch.device("cpu"))
+
+
+def assert_sound(bounds: BlockBounds, expected: BlockBounds) -> None:
+    assert (bounds.certain <= expected.certain).all(), "a block called full isn't"
+    assert (bounds.possible >= expected.possible).all(), "a block called empty isn't"
+
+
+def assert_exact(bounds: BlockBounds, expected: BlockBounds) -> None:
+    assert torch.equal(bounds.certain.expand_as(expected.certain), expected.certain)
+    assert torch.equal(bounds.possible.expand_as(expected.possible), expected.possible)

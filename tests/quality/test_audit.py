@@ -20,7 +20,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from flexprefill_compile import AuditReport, SparsePrefillConfig, audit
 from flexprefill_compile.block_masks.estimators.flexprefill.masked_representative import ScoreRule
 from flexprefill_compile.block_masks.layout import BlockTables, unpack_blocks
-from flexprefill_compile.block_masks.observing import ObservedAttention, sample_rows
+from flexprefill_compile.block_masks.observed_attention import ObservedAttention, sample_rows
 from flexprefill_compile.block_masks.prefill import select_prefill_blocks
 from flexprefill_compile.commands.cli import main
 from flexprefill_compile.errors import UsageError

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexprefill_compile.block_masks.estimators.flexprefill.representative import SCORES_AT_ONCE
+from flexprefill_compile.block_masks.attention_inputs import SCORES_AT_ONCE
 from flexprefill_compile.block_masks.layout import sum_blocks, unpack_blocks
-from flexprefill_compile.block_masks.observing import ObservedAttention
+from flexprefill_compile.block_masks.observed_attention import ObservedAttention
 
 
 @dataclasses.dataclass(frozen=True)

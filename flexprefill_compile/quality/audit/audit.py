@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from flexprefill_compile.block_masks import create_prefill_block_mask
-from flexprefill_compile.block_masks.observing import ObservedAttention
+from flexprefill_compile.block_masks.observed_attention import ObservedAttention
 from flexprefill_compile.passes.layer_config import config_for_layer, number_layer
 
 from ...settings.config import SparsePrefillConfig, split_options

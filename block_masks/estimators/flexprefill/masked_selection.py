@@ -10,7 +10,7 @@ from flexprefill_compile.settings.config import SparsePrefillConfig
 from ...choice import Choice
 from ...gammas import place_gammas
 from ...masks.facts import MaskFacts
-from ...segments import Runs
+from ...segments import Segments
 from ..inputs import EstimatorInputs
 from .masked_representative import (
     ScoreRule,
@@ -28,18 +28,18 @@ def choose_masked_flexprefill(
 ) -> Choice:
     """Choose by the pattern of each sequence. Source: FlexPrefill, Algorithm 1."""
     gamma = place_gammas(config, inputs.query.device)
-    runs, slots = list_runs(facts), _list_slots(facts)
-    attention = compute_masked_attention(inputs.query, inputs.key, facts, rule, runs, inputs.dtype)
+    segments, slots = list_segments(facts), _list_slots(facts)
+    attention = compute_masked_attention(inputs.query, inputs.key, facts, rule, segments, inputs.dtype)
     if rule.bias is not None:
-        return Choice(*select_masked_vertical_slash(attention.pooled, slots, gamma, runs), attention.is_finite)
+        return Choice(*select_masked_vertical_slash(attention.pooled, slots, gamma, segments), attention.is_finite)
     rows = average_rows(inputs.query, facts.rows, inputs.dtype)
     mean_logits = rule.cap((rows * inputs.pooled_key).sum(-1).mul_(rule.scale))
     columns = attention.pooled.columns
-    query_aware = is_masked_query_aware(mean_logits, attention.is_seen, columns, config.tau, runs).unsqueeze(-1)
+    query_aware = is_masked_query_aware(mean_logits, attention.is_seen, columns, config.tau, segments).unsqueeze(-1)
     estimated, estimate = select_masked_query_aware(
-        rule.cap((inputs.pooled_query @ inputs.pooled_key.mT).mul_(rule.scale)), inputs.grid, gamma, runs
+        rule.cap((inputs.pooled_query @ inputs.pooled_key.mT).mul_(rule.scale)), inputs.grid, gamma, segments
     )
-    extended, extension = select_masked_vertical_slash(attention.pooled, slots, gamma, runs)
+    extended, extension = select_masked_vertical_slash(attention.pooled, slots, gamma, segments)
     return Choice(
         selected=torch.where(query_aware, estimated, extended),
         score=torch.where(query_aware, estimate, extension),
@@ -47,11 +47,11 @@ def choose_masked_flexprefill(
     )
 
 
-def list_runs(facts: MaskFacts) -> Runs | None:
+def list_segments(facts: MaskFacts) -> Segments | None:
     """Return the blocks of each packed sequence, (B|1, 1, num_k_blocks); None is one sequence a row of the batch."""
     if facts.rows.shape[1] == 1:
         return None
-    return Runs(facts.first_block.unsqueeze(1), facts.last_block.unsqueeze(1))
+    return Segments(facts.first_block.unsqueeze(1), facts.last_block.unsqueeze(1))
 
 
 def list_candidates(facts: MaskFacts) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Triton kernel that packs: thresholds, budgets, sink and diagonal -> FlexAttention's tables.
+"""The Triton kernel that packs: thresholds, budgets, sink and diagonal -> FlexAttention's tables; and its launch.
 
 Or an estimator's scores, with a threshold for each row. Nothing is sorted.
 """
@@ -7,8 +7,54 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .flexprefill.patterns import EVERY_BLOCK, QUERY_AWARE
+from ...layout import BlockTables, count_blocks
+from ...select import first_dense_block
+from ..launch import next_power_of_2
+from .buffers import SelectionBuffers
+from .choose_patterns import EVERY_BLOCK, QUERY_AWARE
+
+
+def launch_pack_blocks(
+    buffers: SelectionBuffers, maps: Tensor, tables: BlockTables, first: int, count: int, *, by_row: bool = False
+) -> None:
+    """Pack the blocks that reach the thresholds or, by row, the fewest that reach gamma, of ``count`` heads."""
+    config, num_blocks, block_size = buffers.config, buffers.num_blocks, buffers.block_size
+    buffers.run(
+        pack_blocks,
+        (count * num_blocks,),
+        {
+            "profiles": buffers.profiles,
+            "estimate": maps,
+            "patterns": buffers.patterns,
+            "thresholds": buffers.thresholds,
+            "last_ties": buffers.last_ties,
+            "key_peak": buffers.key_peak,
+            "value_peak": buffers.value_peak,
+            "gammas": buffers.gammas,
+            "gamma": config.gammas[0],
+            "diagonal_counts": tables.kv_num_blocks,
+            "diagonal_indices": tables.kv_indices,
+            "full_counts": tables.full_kv_num_blocks,
+            "full_indices": tables.full_kv_indices,
+            "first_head": first,
+            "num_blocks": num_blocks,
+            "heads": buffers.heads,
+            "kv_heads": buffers.kv_heads,
+            "width": tables.full_kv_indices.shape[-1],
+            "min_blocks": count_blocks(config.min_budget, block_size),
+            "max_blocks": 0 if config.max_budget is None else config.max_budget // block_size,
+            "first_dense": first_dense_block(buffers.length, config),
+            "NUM_BLOCKS": next_power_of_2(num_blocks),
+            "BY_ROW": by_row,
+            "IS_DENSE": min(config.gammas) == 1,
+            "HAS_GAMMAS": buffers.has_gammas,
+            "HAS_CEILING": config.max_budget is not None,
+            "HAS_VALUE": buffers.value is not None,
+        },
+        num_warps=max(1, min(8, num_blocks // 1024)),
+    )
 
 
 @triton.jit

@@ -4,13 +4,49 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..launch import next_power_of_2
 from ..thresholds import find_threshold
+from .buffers import SelectionBuffers
 
 # Patterns of a head, as choose_patterns writes them.
 EVERY_BLOCK = tl.constexpr(0)
 VERTICAL_SLASH = tl.constexpr(1)
 QUERY_AWARE = tl.constexpr(2)
+
+
+def launch_choose_patterns(buffers: SelectionBuffers, pooled: Tensor) -> None:
+    """Choose each head's pattern, and the thresholds of its columns and diagonals."""
+    config = buffers.config
+    buffers.run(
+        choose_patterns,
+        (buffers.batch * buffers.heads,),
+        {
+            "pooled": pooled,
+            "query_peak": buffers.query_peak,
+            "key_peak": buffers.key_peak,
+            "value_peak": buffers.value_peak,
+            "profiles": buffers.profiles,
+            "patterns": buffers.patterns,
+            "thresholds": buffers.thresholds,
+            "last_ties": buffers.last_ties,
+            "gammas": buffers.gammas,
+            "gamma": config.gammas[0],
+            "scale": buffers.scale,
+            "tau": config.tau,
+            "first_diagonal": (buffers.length - buffers.num_rows) // buffers.block_size,
+            "num_blocks": buffers.num_blocks,
+            "heads": buffers.heads,
+            "kv_heads": buffers.kv_heads,
+            "HEAD_DIM": buffers.head_dim,
+            "NUM_BLOCKS": next_power_of_2(buffers.num_blocks),
+            "IS_RAGGED": buffers.is_ragged,
+            "HAS_VALUE": buffers.value is not None,
+            "HAS_GAMMAS": buffers.has_gammas,
+        },
+        num_warps=max(1, min(8, buffers.num_blocks // 128)),
+    )
 
 
 @triton.jit

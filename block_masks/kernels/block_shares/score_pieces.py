@@ -1,7 +1,4 @@
-"""Triton kernels of ``block_shares.compute_block_shares`` for causal attention of a prompt to itself.
-
-    score_pieces    rows x columns -> the log of each row's mass on each piece of a key block, and on each chunk
-    pool_pieces     those -> shares: normalised, summed by key block, averaged over the rows of a query block
+"""The Triton kernel that scores rows against columns, and its launch.
 
 Scores are never written. A row or a column stands for TOKENS neighbouring tokens, and may be PARTS vectors long: then
 their products are added. The rows of all query heads that share a KV head stand in one tile, so that they share the
@@ -10,8 +7,66 @@ loads of its columns. A piece is a key block, or a part of one that is larger th
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ..launch import Launcher
+from .pieces import add_mass, place_rows
+from .plan import SharePlan, Turn
+
+
+def launch_score_pieces(launcher: Launcher, plan: SharePlan, turn: Turn, masses: Tensor, chunk_masses: Tensor) -> None:
+    """Score the rows of the turn's query blocks, into the logs of masses by piece and by chunk."""
+    inputs, rows, columns, tiles = plan.inputs, plan.rows, plan.columns, plan.tiles
+    row_batch, row_head, row_vector, row_part, row_feature = rows.strides
+    column_batch, column_head, column_vector, column_part, column_feature = columns.strides
+    launcher.run(
+        score_pieces,
+        (turn.row_tiles * turn.num_chunks, plan.batch * plan.kv_heads),
+        {
+            "rows": rows.start,
+            "columns": columns.start,
+            "masses": masses,
+            "chunk_masses": chunk_masses,
+            "scale_log2e": plan.scale * math.log2(math.e),
+            "length": inputs.query.shape[2],
+            "first_block": turn.first,
+            "num_rows": turn.num_rows,
+            "num_pieces": turn.num_pieces,
+            "num_row_tiles": turn.row_tiles,
+            "num_chunks": turn.num_chunks,
+            "chunk_tiles": turn.chunk_tiles,
+            "kv_heads": plan.kv_heads,
+            "row_batch": row_batch,
+            "row_head": row_head,
+            "row_vector": row_vector,
+            "row_part": row_part,
+            "row_feature": row_feature,
+            "column_batch": column_batch,
+            "column_head": column_head,
+            "column_vector": column_vector,
+            "column_part": column_part,
+            "column_feature": column_feature,
+            **plan.constants,
+            "PARTS": plan.parts,
+            "HEAD_DIM": inputs.query.shape[-1],
+            "WIDTH": plan.width,
+            "FEATURES": tiles.features,
+            "ROWS": tiles.rows,
+            "COLUMNS": tiles.columns,
+            "PIECE": plan.piece,
+            "NEIGHBOURS": 64 if plan.parts == 1 else 8,
+            "PRECISION": "tf32x3" if rows.data.dtype == torch.float32 else "tf32",
+        },
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        most_registers=tiles.most_registers,
+        variant=turn.first,
+    )
 
 
 @triton.jit
@@ -84,7 +139,7 @@ def score_pieces(
     sure = tl.minimum(tl.maximum((first_block + first_row // block_rows) * block_columns // COLUMNS, start), stop)
 
     row = first_row + tl.arange(0, ROWS)
-    position, number = _place_rows(first_block, row, length, GROUP, BLOCK, ROW_TOKENS, IS_MIDDLE)
+    position, number = place_rows(first_block, row, length, GROUP, BLOCK, ROW_TOKENS, IS_MIDDLE)
     is_row = (row < num_rows) & (number > 0)
     vector = position
     if not IS_MIDDLE:
@@ -112,7 +167,7 @@ def score_pieces(
         )  # fmt: skip
         log_mass = _pool_columns(scores * scale_log2e, ROWS, tile_pieces, PIECE)
         _store_pieces(masses, log_mass, tile * tile_pieces, row, num_pieces, num_rows, tile_pieces)
-        largest, total = _add_mass(largest, total, log_mass)
+        largest, total = add_mass(largest, total, log_mass)
     for tile in range(sure, stop):
         scores = _score_tile(
             held, row_place, is_row, columns, tile, length, row_part, row_feature, column_vector, column_part,
@@ -126,29 +181,9 @@ def score_pieces(
         scores = tl.where(column_start[None, :] <= position[:, None], scores, float("-inf"))
         log_mass = _pool_columns(scores, ROWS, tile_pieces, PIECE)
         _store_pieces(masses, log_mass, tile * tile_pieces, row, num_pieces, num_rows, tile_pieces)
-        largest, total = _add_mass(largest, total, log_mass)
+        largest, total = add_mass(largest, total, log_mass)
     entry = (batch_kv * num_chunks + chunk) * num_rows + row
     tl.store(chunk_masses + entry, largest + tl.log2(total), mask=row < num_rows)
-
-
-@triton.jit
-def _place_rows(
-    first_block: int,
-    row: tl.tensor,
-    length: int,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROW_TOKENS: tl.constexpr,
-    IS_MIDDLE: tl.constexpr,
-) -> tl.tensor:
-    """Return the query up to which rows see, the middle or the last of their tokens, and how many tokens there are."""
-    block_rows: tl.constexpr = BLOCK // ROW_TOKENS
-    start = (first_block + row // (GROUP * block_rows)) * BLOCK + row % block_rows * ROW_TOKENS
-    number = tl.maximum(tl.minimum(length - start, ROW_TOKENS), 0)
-    position = start + number // 2
-    if not IS_MIDDLE:
-        position = start + number - 1
-    return tl.minimum(position, length - 1), number
 
 
 @triton.jit
@@ -228,69 +263,3 @@ def _store_pieces(
     piece = first_piece + tl.arange(0, PIECES)
     place = piece.to(tl.int64)[None, :] * num_rows + row[:, None]
     tl.store(masses + place, log_mass, mask=(row < num_rows)[:, None] & (piece < num_pieces)[None, :])
-
-
-@triton.jit
-def _add_mass(largest: tl.tensor, total: tl.tensor, log_mass: tl.tensor) -> tl.tensor:
-    """Add pieces to a running sum of masses, kept as the largest log and the sum over its power of 2."""
-    new_largest = tl.maximum(largest, tl.max(log_mass, 1))
-    total = total * tl.exp2(largest - new_largest) + tl.sum(tl.exp2(log_mass - new_largest[:, None]), 1)
-    return new_largest, total
-
-
-@triton.jit
-def pool_pieces(
-    masses: tl.tensor,
-    chunk_masses: tl.tensor,
-    shares: tl.tensor,
-    length: int,
-    first_block: int,
-    num_rows: int,
-    num_pieces: int,
-    num_chunks: int,
-    chunk_columns: int,
-    num_blocks: int,
-    heads: int,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROW_TOKENS: tl.constexpr,
-    COLUMN_TOKENS: tl.constexpr,
-    IS_MIDDLE: tl.constexpr,
-    BLOCK_PIECES: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
-    """Normalise and average the rows of a query block. Grid: (tiles of key blocks, query blocks, B * H).
-
-    ``shares`` is (B, H, num_blocks, num_blocks) float32, zero beyond the diagonal.
-    """
-    block_rows: tl.constexpr = BLOCK // ROW_TOKENS
-    block_columns: tl.constexpr = BLOCK // COLUMN_TOKENS
-    program = tl.program_id(2).to(tl.int64)
-    local = tl.program_id(1)
-    query_block = first_block + local
-    key_block = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    shares += (program * num_blocks + query_block) * num_blocks
-    if tl.program_id(0) * TILE > query_block:
-        tl.store(shares + key_block, tl.zeros([TILE], tl.float32), mask=key_block < num_blocks)
-        return
-
-    batch_kv = program // GROUP  # the heads of a group follow each other, B * H as B * Hkv * GROUP
-    row = (local * GROUP + (program % GROUP).to(tl.int32)) * block_rows + tl.arange(0, block_rows)
-    _, number = _place_rows(first_block, row, length, GROUP, BLOCK, ROW_TOKENS, IS_MIDDLE)
-    weight = number.to(tl.float32) / tl.maximum(tl.sum(number, 0), 1).to(tl.float32)
-    largest = tl.full([block_rows], -1e38, tl.float32)
-    total = tl.zeros([block_rows], tl.float32)
-    for chunk in range(tl.minimum(num_chunks, ((query_block + 1) * block_columns - 1) // chunk_columns + 1)):
-        log_mass = tl.load(chunk_masses + (batch_kv * num_chunks + chunk) * num_rows + row)
-        largest, total = _add_mass(largest, total, log_mass[:, None])
-    log_total = largest + tl.log2(total)
-
-    mass = tl.zeros([block_rows, TILE], tl.float32)
-    is_seen = (key_block <= query_block)[None, :]
-    for part in tl.static_range(BLOCK_PIECES):
-        piece = batch_kv * num_pieces + key_block * BLOCK_PIECES + part
-        log_mass = tl.load(masses + piece[None, :] * num_rows + row[:, None], mask=is_seen, other=float("-inf"))
-        mass += tl.exp2(log_mass - log_total[:, None])
-    share = tl.sum(mass * weight[:, None], 0)
-    # A row that is not finite is nothing to blocks that it doesn't see.
-    tl.store(shares + key_block, tl.where(key_block <= query_block, share, 0.0), mask=key_block < num_blocks)
