@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .inputs.workloads import time_ms
+from .clocks import time_ms
 
 ATTENTION = "flex_attention"
 # Elements of the copy and rows of the product: beyond the caches, and still some milliseconds.
