@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -55,6 +56,15 @@ def test_every_file_that_the_docs_name_exists() -> None:
         paths = [word.strip(",.;:") for word in words if word.strip(",.;:").endswith((".py", ".md"))]
         missing = [path for path in paths if not ((ROOT / path).exists() or (document.parent / path).exists())]
         assert not missing, f"{document.name} names {missing}"
+
+
+def test_every_name_that_the_docs_import_exists() -> None:
+    shown = "".join(file.read_text() for file in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+    imports = re.findall(r"from (flexprefill_compile[\w.]*) import ([\w, ]+)", shown)
+    assert len(imports) > 5
+    for module, names in imports:
+        for name in names.split(","):
+            assert hasattr(importlib.import_module(module), name.split()[0]), f"{module} has no {name}"
 
 
 def test_the_estimator_that_the_docs_show_runs() -> None:
