@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from flexprefill_compile.block_masks.layout import unpack_blocks
-from flexprefill_compile.block_masks.observing import ObservedAttention
+from flexprefill_compile.block_masks.observed_attention import ObservedAttention
 from flexprefill_compile.quality.audit.attention_call import measure_call
 from flexprefill_compile.quality.audit.observe import prefill_observed
 from flexprefill_compile.quality.model_prefill import Prompt

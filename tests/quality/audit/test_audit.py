@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from flexprefill_compile import AuditReport, SparsePrefillConfig, audit
 from flexprefill_compile.block_masks.estimators.flexprefill.masked_representative import ScoreRule
 from flexprefill_compile.block_masks.layout import BlockTables
-from flexprefill_compile.block_masks.observing import ObservedAttention
+from flexprefill_compile.block_masks.observed_attention import ObservedAttention
 from flexprefill_compile.block_masks.prefill import select_prefill_blocks
 from flexprefill_compile.errors import UsageError
 from flexprefill_compile.quality.audit.audit import measure_shorter_prompts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexprefill_compile.block_masks.observing import sample_rows
+from flexprefill_compile.block_masks.observed_attention import sample_rows
 
 
 @pytest.mark.parametrize(("count", "length"), [(1, 1), (7, 7), (50, 7), (7, 50), (64, 8192), (3, 2**20 + 1)])
