@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexprefill_compile.block_masks.layout import count_blocks, count_causal_blocks
+
 from .clocks import time_ms
 
 ATTENTION = "flex_attention"
@@ -38,8 +40,7 @@ def compute_floors(
         rates: Of ``measure_rates``.
     """
     heads, length, head_dim = query.shape[1:]
-    num_blocks = -(-length // block_size)
-    blocks = density * heads * num_blocks * (num_blocks + 1) / 2
+    blocks = density * heads * count_causal_blocks(count_blocks(length, block_size))
     return {
         "pool_inputs": (query.nbytes + key.nbytes + value.nbytes) / rates["copy"] * 1e3,
         "score_representative": 2 * heads * min(block_size, length) * length * head_dim / rates["product"] * 1e3,
