@@ -1,4 +1,4 @@
-"""How fast a device copies and multiplies, and what no version of a stage can run faster than for it."""
+"""How fast a device copies and multiplies, and the least time of each stage that follows from it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .clocks import time_ms
 
 ATTENTION = "flex_attention"
 # Elements of the copy and rows of the product: beyond the caches, and still some milliseconds.
-COPIED_ELEMENTS = {"cpu": 2**24, "cuda": 2**29}
-PRODUCT_ROWS = {"cpu": 1024, "cuda": 8192}
+_COPIED_ELEMENTS = {"cpu": 2**24, "cuda": 2**29}
+_PRODUCT_ROWS = {"cpu": 1024, "cuda": 8192}
 
 
 def measure_rates(device: str, dtype: torch.dtype) -> dict[str, float]:
     """Measure bytes a second of a large copy, read and written, and FLOP a second of a large product."""
-    source = torch.randn(COPIED_ELEMENTS[device], device=device)
+    source = torch.randn(_COPIED_ELEMENTS[device], device=device)
     target = torch.empty_like(source)
     copy_ms = time_ms(lambda: target.copy_(source), device, 10)
-    rows = PRODUCT_ROWS[device]
+    rows = _PRODUCT_ROWS[device]
     a, b = (torch.randn(rows, rows, device=device, dtype=dtype) for _ in range(2))
     product_ms = time_ms(lambda: a @ b, device, 10)
     return {"copy": 2 * source.nbytes / copy_ms * 1e3, "product": 2 * rows**3 / product_ms * 1e3}
