@@ -14,7 +14,7 @@ from flexprefill_compile.passes.lift.lifted_site import LiftedSite
 from flexprefill_compile.passes.sparse_prefill import ConfiguredSite, Layers, find_attention
 from flexprefill_compile.settings.config import SparsePrefillConfig
 
-from .graphs import inspect_graphs
+from ..graphs import inspect_graphs
 
 BATCH, HEADS, LENGTH = 2, 4, 48
 CONFIG_EXACT = SparsePrefillConfig(gamma=1.0, block_size=16, min_budget=0, min_length=16)
