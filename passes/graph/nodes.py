@@ -31,18 +31,21 @@ def name_of(node: Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return node.name
-    paths = [path for path, _ in stack.values()]
-    root = _ROOT.match(paths[-1])
+    paths = [str(path) for path, _ in stack.values()]
+    path, root = paths[-1], _ROOT.match(paths[-1])
     if root is None:
-        return paths[-1].lstrip(".") or node.name
+        return path.lstrip(".") or node.name
     # A module that a frame calls is on the stack, unlike the one whose forward the frame is.
-    plumbing = _PLUMBING.match(paths[-1], root.end())
-    subscripts = _SUBSCRIPTS.match(paths[-1], root.end())
-    assert plumbing is not None and subscripts is not None
-    is_called = root["variable"] not in ("self", "fn") and paths[0] == paths[-1][: subscripts.end()]
+    is_called = root["variable"] not in ("self", "fn") and paths[0] == path[: _end(_SUBSCRIPTS, root)]
     if is_called:
-        return root["variable"] + paths[-1][root.end() :]
-    return paths[-1][plumbing.end() :].lstrip(".") or node.name
+        return root["variable"] + path[root.end() :]
+    return path[_end(_PLUMBING, root) :].lstrip(".") or node.name
+
+
+def _end(pattern: re.Pattern[str], root: re.Match[str]) -> int:
+    """Return where a pattern that goes on from a root ends."""
+    following = pattern.match(root.string, root.end())
+    return root.end() if following is None else following.end()
 
 
 def argument(node: Node, position: int, *names: str) -> Any:

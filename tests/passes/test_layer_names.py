@@ -131,7 +131,7 @@ def test_settings_by_layer_are_refused_where_the_layer_is_not_known(
     assert all(site.rewritten for site in find_sites(model, *inputs)), "the scenario: without them it is fine"
     torch._dynamo.reset()
     options = {"block_size": 32, "min_length": 32} | settings
-    with pytest.raises(InvalidOptionError, match="settings by layer .* compile the whole model"), torch.no_grad():
+    with pytest.raises(InvalidOptionError, match=r"settings by layer .* compile the whole model"), torch.no_grad():
         torch.compile(model, backend=FlexPrefillBackend(), options=options)(*inputs)
 
 
@@ -159,5 +159,5 @@ def test_a_policy_of_more_layers_is_refused_where_some_are_dense_by_design(model
             return self.model(x)
 
     policy = Policy(ModelShape(architecture="A", num_layers=4, num_heads=2))
-    with pytest.raises(InvalidOptionError, match="4 layers with 2 heads .*got 3 layers with 2 heads"), torch.no_grad():
+    with pytest.raises(InvalidOptionError, match=r"4 layers with 2 heads .*got 3 layers with 2 heads"), torch.no_grad():
         torch.compile(Partly(), backend=FlexPrefillBackend(), options={"min_length": 32, "policy": policy})(X)
