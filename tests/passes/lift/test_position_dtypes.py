@@ -64,7 +64,7 @@ def run(call: Callable[..., Tensor], *, generate: bool) -> RewriteReport:
     return backend.report
 
 
-@pytest.mark.parametrize("dtype", (*NARROW, *WIDE), ids=str)
+@pytest.mark.parametrize("dtype", [*NARROW, *WIDE], ids=str)
 @pytest.mark.parametrize("make", [compare, range_of_dtype, subtract, within_window])
 def test_the_mask_is_that_of_the_numbers_compared(make: Hide, dtype: torch.dtype) -> None:
     run(attend(make, dtype), generate=False)
