@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._dynamo import config as _dynamo_config
 from torch._dynamo import maybe_mark_dynamic
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 from torch._guards import tracing
 from torch._higher_order_ops.flex_attention import _permute_strides
@@ -41,6 +42,7 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "PassesThroughDynamo",
+    "TransformGetItemToIndex",
     "attention_strides",
     "compile_with_inductor",
     "compiler_config",

@@ -22,6 +22,10 @@ from .operations import operation
 _MOST_ANCESTORS = 400
 
 
+class TooManyOperationsError(Exception):
+    """A value takes more operations than any mask."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TracedValue:
     """How a value of a dynamo graph is computed, in functional ATen ops.
@@ -57,7 +61,8 @@ def trace_value(value: Node, product: Node | None = None) -> TracedValue:
         product: A product of queries and keys to start from as well. Of a baddbmm only the product itself is.
 
     Raises:
-        Exception: Whatever tracing raises; the caller takes it for "can't be traced".
+        TooManyOperationsError: It depends on the model's own computation.
+        Exception: Whatever else tracing raises; the caller takes it for "can't be traced".
     """
 
     def is_leaf(node: Node) -> bool:
@@ -67,7 +72,7 @@ def trace_value(value: Node, product: Node | None = None) -> TracedValue:
 
     ancestors = _find_ancestors(value, is_leaf, product)
     if len(ancestors) > _MOST_ANCESTORS:
-        raise ValueError(f"computed by {len(ancestors)} operations")
+        raise TooManyOperationsError(f"it is computed by {len(ancestors)} operations")
     copied = Graph()
     copies: dict[Node, Any] = {}
     leaves: list[Node] = []
