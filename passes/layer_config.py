@@ -1,4 +1,4 @@
-"""Which settings hold in which attention layer: the config's, under those of its policy."""
+"""The settings of each attention layer: its policy's, where it has some, else the config's."""
 
 from __future__ import annotations
 

@@ -39,10 +39,10 @@ class SparsePrefillPass(GraphPass):
         """Take what to do.
 
         Args:
-            config: What to select.
+            config: How to select blocks.
             failures: The signatures that inductor could not lower, with its error: they stay dense.
-            ceiling: When plain causal attention runs dense after all.
-            observed_rows: How many rows of each rewritten attention are to be observed.
+            ceiling: Above which density plain causal attention runs dense; None is never.
+            observed_rows: How many query rows of each rewritten attention observers see.
         """
         self.config = config
         self.ceiling = ceiling
@@ -72,7 +72,7 @@ class SparsePrefillPass(GraphPass):
 
 
 class ConfiguredSite(NamedTuple):
-    """An attention, understood, and the settings of its layer."""
+    """A lifted attention site and the settings of its layer."""
 
     lifted: LiftedSite
     config: SparsePrefillConfig
@@ -118,7 +118,7 @@ class Layers:
 def find_attention(
     node: Node, config: SparsePrefillConfig, known: LiftedMasks, layers: Layers
 ) -> ConfiguredSite | Skipped | None:
-    """Return the attention that a node stands for, understood, or why it stays dense, or None for no attention."""
+    """Return the attention that a node stands for, lifted, or why it stays dense, or None for no attention."""
     match = match_attention(node, config)
     if match is None:
         return None

@@ -35,7 +35,7 @@ class TracedValue:
         leaves: The nodes of the dynamo graph it starts from: inputs, parameters and sizes.
         ancestors: Every node of the dynamo graph that was traced.
         constants: The constant tensors that the graph reads, by name.
-        product: The placeholder of the product of queries and keys, if the value depends on one.
+        product: The placeholder of the matrix product that the trace was to start from, if any.
     """
 
     graph: Graph
@@ -58,7 +58,7 @@ def trace_value(value: Node, product: Node | None = None) -> TracedValue:
 
     Args:
         value: A node of a dynamo graph.
-        product: A product of queries and keys to start from as well. Of a baddbmm only the product itself is.
+        product: A matrix product to start from as well. Of a baddbmm, its addend is still traced.
 
     Raises:
         TooManyOperationsError: It depends on the model's own computation.

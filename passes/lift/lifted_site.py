@@ -1,8 +1,9 @@
 """From an attention site to what FlexAttention and the estimator take: a mask_mod, a score_mod, and their properties.
 
-Masked(mask)          ->  the formula of the mask                              (lift_mask, split_scores)
-Logits(scores, ...)   ->  the formula of all that happens to a score           (lift_mask, split_scores)
-FlexMods(...)         ->  the call's own functions                             (split_scores)
+IsCausal()            ->  no formula: query i sees keys 0 to i
+Masked(mask)          ->  the formula of the mask                              (Lifter, split_mask)
+Logits(scores, ...)   ->  the formula of all that happens to a score           (Lifter, split_logit)
+FlexMods(...)         ->  the call's own functions                             (split_mask, split_logit)
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from ..match.site import AttentionSite, FlexMods, IsCausal, Logits, Masked, desc
 from .bounds import MaskBounds, find_bounds
 from .elements import INDEX_NAMES, Capture, LiftedElement, NotLiftableError
 from .lifter import Lifter
-from .scores import ScoreParts, split_logit, split_mask
+from .score_parts import ScoreParts, split_logit, split_mask
 from .value_rules import VALUE_RULES
 from .view_rules import VIEW_RULES
 
 
 @dataclasses.dataclass(frozen=True)
 class LiftedSite:
-    """An attention, understood.
+    """An attention site and what its scores go through.
 
     Attributes:
         site: What was matched.
-        parts: What happens to its scores. With no mask and no bounds it is causal from the first key on.
+        parts: What happens to its scores. Without a mask it is causal: query i sees keys 0 to i.
         bounds: What is known of the mask.
         traced: Where the captures of ``parts`` come from.
     """
@@ -66,24 +67,24 @@ logger = logging.getLogger(__name__)
 
 _RULES = VIEW_RULES | VALUE_RULES
 
-PLAIN = MaskBounds(is_causal=True, offset=None, is_packed=False, is_given=False, is_plain=True)
+_PLAIN = MaskBounds(is_causal=True, offset=None, is_packed=False, is_given=False, is_plain=True)
 _NOTHING_TRACED = TracedValue(Graph(), (), (), {})
 
 
-# By the node of a mask: what one layer found out, the others needn't.
+# By the node of a mask: layers that share one lift it once.
 LiftedMasks = dict[Node, tuple[TracedValue, ScoreParts] | Refusal]
 
 
 def lift_site(site: AttentionSite, config: SparsePrefillConfig, known: LiftedMasks) -> LiftedSite | Refusal:
-    """Understand what happens to the scores of an attention, or tell why it can't be.
+    """Find what happens to the scores of an attention, or tell why it stays dense.
 
     Args:
         site: A match.
-        config: How large a mask may be that the model is given and that has no formula.
-        known: Masks lifted before; gains this one.
+        config: Its ``max_mask_elements`` limits the masks that are read as they are given.
+        known: The masks lifted before. The function adds this one.
     """
     if isinstance(site.scores, IsCausal):
-        return LiftedSite(site, ScoreParts(None, None, _scale_of(site), None), PLAIN, _NOTHING_TRACED)
+        return LiftedSite(site, ScoreParts(None, None, _scale_of(site), None), _PLAIN, _NOTHING_TRACED)
     taken = _take_apart_once(site, config, known)
     if isinstance(taken[0], SkipReason):
         return taken

@@ -135,14 +135,18 @@ class Lifter:
         operands = {a: self.element(a, broadcast(indices, a.meta["val"], example)) for a in tensors}
         arguments = [operands[a] if a in operands else self.number(a) for a in inputs]
         keywords = {k: self.number(v) for k, v in node.kwargs.items() if k not in ("device", "layout", "pin_memory")}
-        is_where = node.target is aten.where.self
-        dtypes = {a.meta["val"].dtype for a in tensors[is_where:]}
-        if len(dtypes) > 1:  # elements have no dimensions, so promotion would go another way than for the tensors
-            common = promote(tensors[is_where:])
-            for position, a in enumerate(inputs):
-                if a in tensors[is_where:]:
-                    arguments[position] = self.formula.cast(arguments[position], a.meta["val"].dtype, common)
+        values = tensors[1:] if node.target is aten.where.self else tensors  # a condition keeps its dtype
+        if len({a.meta["val"].dtype for a in values}) > 1:
+            arguments = self._promote_operands(inputs, arguments, values)
         return self.formula.emit(_out_of_place(node.target), arguments, keywords, example.dtype)
+
+    def _promote_operands(self, inputs: Sequence[Any], arguments: Sequence[Any], values: Sequence[Node]) -> list[Any]:
+        """Cast elements as their tensors are promoted: elements have no dimensions, so torch would decide otherwise."""
+        dtype = promote(values)
+        return [
+            self.formula.cast(element, source.meta["val"].dtype, dtype) if source in values else element
+            for source, element in zip(inputs, arguments, strict=True)
+        ]
 
     def number(self, argument: Any) -> Any:
         """Return what stands for an argument that is no tensor."""

@@ -1,4 +1,4 @@
-"""One entry for every form of attention: what a node is the heart of, or None. Never mutates."""
+"""Match every form of attention at its central node: the call, or the softmax. Never mutates."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Take attention that a model wrote out apart: query, key, value, what the scores and what the weights go through.
 
-Never mutates. See match_eager.py.
+Never mutates. See eager.py.
 """
 
 from __future__ import annotations

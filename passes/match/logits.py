@@ -26,7 +26,7 @@ from ..graph.operations import (
     product_operands,
 )
 
-# Through these the scores may be recognised as such, though not understood.
+# Enough to tell that attention is there; a form that uses those beyond ELEMENTWISE, VIEWS and CASTS is reported.
 _LOOSE_STEPS = ELEMENTWISE | VIEWS | CASTS | DROPOUT | EXPANSIONS | TRANSPOSITIONS | REARRANGEMENTS
 _MATRICES = 3  # dimensions of a batch of matrices
 

@@ -1,4 +1,4 @@
-"""What the lengths of an attention call say about it: prefill, a chunk of it, too short, or unknown.
+"""Tell from its lengths whether attention is a prefill, a later chunk of one, too short, or unknown.
 
 Guards are a cost, a compile for each value that breaks them, so static facts come first and a guard is added only
 where it decides between two useful graphs.

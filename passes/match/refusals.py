@@ -1,7 +1,7 @@
-"""What every form of attention has to be to run sparse: its tensors, dtype, device, heads, and no gradient.
+"""What keeps any form of attention dense: its tensors, dtype, device or heads, dropout, or a gradient.
 
-Each check returns why it can't, or None. Cheap facts come first; the lengths (prefill_shapes.py) last, because they may
-add guards.
+Each function returns a reason, or None. Matchers check these cheap facts first and lengths (prefill_lengths.py) last,
+because a check of lengths may add guards.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every form of attention is described as: an ``AttentionSite``. The modules match_* make them, never mutating.
+"""What every form of attention is described as: an ``AttentionSite``. The modules of each form make them.
 
 form                                                               scores
 scaled_dot_product_attention(q, k, v, is_causal=True)              IsCausal()

@@ -12,8 +12,8 @@ and under a mask, whose facts are shared by its layers (mask_sharing.py),
     tables = flexprefill.select_masked_blocks(q, k, v, *facts, score_bias, scale, softcap, gamma, ...)
     out = flex_attention(q, k, v, score_mod, (Sq, Skv, *tables, ..., mask_mod), scale, ..., captures, captures)[0]
 
-Under a ceiling on density, plain causal attention chooses at run time (density_branches.py). The mask_mod runs on every
-block not proven full, so the result is exact attention over the selected blocks.
+With a ceiling on density, the graph chooses sparse or dense attention at run time (density_branches.py). The mask_mod
+runs on every block not proven full, so the result is exact attention over the selected blocks.
 """
 
 from __future__ import annotations
@@ -54,26 +54,6 @@ from .score_mod import insert_score
 _MASK_MODULE = "flexprefill_causal_mask"  # fixed, because inductor's caches key on it
 
 
-class _Selection(NamedTuple):
-    """Which blocks to compute, and what FlexAttention applies in them.
-
-    Attributes:
-        tables: The nodes of a BlockTables.
-        lengths: Of queries and keys, nodes or constants.
-        mask: The node of the mask_mod.
-        mask_captures: What the mask_mod takes after its indices.
-        score: The node of the score_mod.
-        score_captures: What the score_mod takes after the score and its indices.
-    """
-
-    tables: tuple[Node, ...]
-    lengths: tuple[Any, Any]
-    mask: Node
-    mask_captures: tuple[Any, ...]
-    score: Node
-    score_captures: tuple[Any, ...]
-
-
 def rewrite_attention(
     lifted: LiftedSite,
     config: SparsePrefillConfig,
@@ -84,11 +64,11 @@ def rewrite_attention(
     """Replace the attention of a site by its sparse form, in place.
 
     Args:
-        lifted: A match, understood.
+        lifted: What was matched and lifted.
         config: What to select.
         sharing: Of the site's own graph module, which gains the mask_mod and the score_mod as submodules.
-        ceiling: When plain causal attention runs dense after all.
-        observed_rows: How many of its rows ``observe_attention`` is to see; 0 is not to observe it.
+        ceiling: Above which density plain causal attention runs dense; None is never.
+        observed_rows: How many of its query rows observers see; 0 inserts no observation.
     """
     site = lifted.site
     insert = start_inserting(sharing.graph, site.node)
@@ -114,6 +94,26 @@ def _insert_input(insert: Insert, site: AttentionSite, x: Node) -> Node:
     if example_of(x).dtype != site.dtype:
         x = insert(torch.ops.aten.to.dtype, x, site.dtype)
     return realize_on_cpu(insert, x, example_of(x).device)
+
+
+class _Selection(NamedTuple):
+    """Which blocks to compute, and what FlexAttention applies in them.
+
+    Attributes:
+        tables: The nodes of a BlockTables.
+        lengths: Of queries and keys, nodes or constants.
+        mask: The node of the mask_mod.
+        mask_captures: What the mask_mod takes after its indices.
+        score: The node of the score_mod.
+        score_captures: What the score_mod takes after the score and its indices.
+    """
+
+    tables: tuple[Node, ...]
+    lengths: tuple[Any, Any]
+    mask: Node
+    mask_captures: tuple[Any, ...]
+    score: Node
+    score_captures: tuple[Any, ...]
 
 
 def _select_causal(

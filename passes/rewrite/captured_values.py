@@ -21,7 +21,7 @@ from ..graph.edits import edited_inputs, shares_memory
 from ..graph.nodes import example_of
 from ..graph.trace import TracedValue, ancestors_of, inline
 from ..lift.elements import Capture
-from ..lift.scores import ElementFunction
+from ..lift.score_parts import ElementFunction
 from .cpu_workarounds import realize_on_cpu
 
 

@@ -2,7 +2,7 @@
 
 1. A query or key that is a view of a Linear's output fails to lower (on 2.11, query and key that are views of one), and
    so does a pointwise consumer of the output, which inductor tries to fuse into the C++ template. The op
-   ``flexprefill::realize``, a contiguous copy that inductor can't see through, parts the template from its neighbours.
+   ``flexprefill::realize``, a contiguous copy that inductor can't see through, keeps the template apart from both.
 2. For float32 the C++ template multiplies queries by keys one score at a time, so slowly that dense attention wins.
    That product becomes a transposition and a call of ATen's ``brgemm``, like the template's other product.
 3. The template's maximum drops NaN, and so does its fast exponential: a NaN in a query or key gives finite numbers.

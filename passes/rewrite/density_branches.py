@@ -1,4 +1,4 @@
-"""The two ways that attention under a ceiling on density can go, as the branches of ``torch.cond``.
+"""Choose sparse or dense attention at run time, by the density of the selected blocks, with ``torch.cond``.
 
     attention = flex_attention(q, k, v, ..., (S, S, *tables, ...), ...)
 
@@ -42,7 +42,7 @@ def insert_branches(
         operands: Query, key, value and the tables.
         arguments: Of the FlexAttention, in which the operands stand.
         length: Of the prompt: a node or a constant.
-        ceiling: When to run dense.
+        ceiling: Above which density, and from which length on, to run dense.
     """
     graph, choose = module.graph, torch.ops.flexprefill.is_sparse.default
     number = 1 + sum(node.target is choose for node in graph.nodes)

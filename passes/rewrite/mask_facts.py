@@ -19,7 +19,7 @@ from flexprefill_compile.block_masks.masks.intervals import BlockBounds, classif
 from ..graph.nodes import example_of
 from ..graph.trace import inline
 from ..lift.lifted_site import LiftedSite
-from ..lift.scores import ElementFunction
+from ..lift.score_parts import ElementFunction
 from .captured_values import CapturedValues
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from flexprefill_compile.block_masks.observing import sample_rows
+from flexprefill_compile.block_masks.observed_attention import sample_rows
 
 from ..graph.nodes import example_of
 from ..graph.trace import inline

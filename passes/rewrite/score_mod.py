@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..lift.elements import INDEX_NAMES
 from ..lift.lifted_site import LiftedSite
-from ..lift.scores import ScoreParts
+from ..lift.score_parts import ScoreParts
 from .insertion import insert_submodule
 from .mask_sharing import MaskSharing
 
