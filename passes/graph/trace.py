@@ -13,7 +13,7 @@ import torch
 from torch import SymFloat, SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from flexprefill_compile.torch_internals import FakeTensor, make_fx_under
+from flexprefill_compile.torch_internals import FakeTensor, FakeTensorMode, make_fx_under
 
 from .nodes import argument, example_of
 from .operations import operation
@@ -154,8 +154,12 @@ def trace(graph: Graph, function: Callable[..., Any], *examples: Any) -> GraphMo
     """
     if numbers := [example for example in examples if isinstance(example, int | float)]:
         raise TypeError(f"examples must be tensors or symbols, got {numbers}")
-    fake_mode = next(e.fake_mode for node in graph.nodes if isinstance(e := example_of(node), FakeTensor))
-    return make_fx_under(fake_mode, function, *examples)
+    return make_fx_under(fake_mode_of(graph), function, *examples)
+
+
+def fake_mode_of(graph: Graph) -> FakeTensorMode:
+    """Return the fake mode of a dynamo graph's examples."""
+    return next(e.fake_mode for node in graph.nodes if isinstance(e := example_of(node), FakeTensor))
 
 
 def bind_number(argument: Any) -> Any:
