@@ -16,8 +16,7 @@ import torch
 from torch.fx import Node
 
 from ..graph.trace import ancestors_of
-from .elements import POSITION_DTYPES, dtype_of_element, is_read_by_pair
-from .score_parts import ElementFunction
+from .elements import POSITION_DTYPES, ElementFunction, dtype_of_element, is_read_by_pair
 
 aten = torch.ops.aten
 QUERY, KEY = sympy.symbols("query key", integer=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ..graph.trace import ancestors_of
 
@@ -58,6 +58,19 @@ class LiftedElement:
     graph: Graph
     element: Element
     captures: dict[Node, Capture]
+
+
+@dataclasses.dataclass(frozen=True)
+class ElementFunction:
+    """A function of (batch, head, query, key, *captures).
+
+    Attributes:
+        module: Of elementwise ATen operations.
+        captures: What to pass for its further placeholders.
+    """
+
+    module: GraphModule
+    captures: tuple[Capture, ...]
 
 
 def broadcast(indices: Indices, operand: Tensor, result: Tensor) -> Indices:

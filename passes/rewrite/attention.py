@@ -49,7 +49,7 @@ from .kernel_options import choose_kernel_options
 from .mask_facts import insert_mask_check
 from .mask_sharing import MaskSharing
 from .observation import insert_observation
-from .score_mod import insert_score
+from .score_mod import insert_score, insert_temperature
 
 _MASK_MODULE = "flexprefill_causal_mask"  # fixed, because inductor's caches key on it
 
@@ -74,6 +74,8 @@ def rewrite_attention(
     insert = start_inserting(sharing.graph, site.node)
     with sharing.graph.inserting_before(site.node):
         inputs = [_insert_input(insert, site, x) for x in (site.query, site.key, site.value)]
+        if lifted.parts.temperature is not None:
+            inputs[0] = insert_temperature(insert, sharing, lifted, inputs[0])
         if config.check_masks and isinstance(site.scores, Masked):
             query, key, _ = inputs
             inputs[0] = insert_mask_check(sharing.graph, sharing.captured, lifted, query, key, site.scores.mask)

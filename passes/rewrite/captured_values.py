@@ -20,9 +20,8 @@ from flexprefill_compile.block_masks.layout import AttentionSizes
 from ..graph.edits import edited_inputs, shares_memory
 from ..graph.nodes import example_of
 from ..graph.trace import TracedValue, ancestors_of, fake_mode_of, inline
-from ..lift.elements import Capture
+from ..lift.elements import Capture, ElementFunction
 from ..lift.lifted_site import LiftedSite
-from ..lift.score_parts import ElementFunction
 from .cpu_workarounds import name_number_on_cpu, realize_on_cpu
 
 

@@ -18,8 +18,8 @@ from flexprefill_compile.block_masks.masks.intervals import BlockBounds, classif
 
 from ..graph.nodes import example_of
 from ..graph.trace import inline
+from ..lift.elements import ElementFunction
 from ..lift.lifted_site import LiftedSite
-from ..lift.score_parts import ElementFunction
 from .captured_values import CapturedValues
 
 
