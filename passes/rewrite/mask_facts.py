@@ -59,8 +59,12 @@ def insert_facts(
         else:
             bounds = _read_tables(values[-4:], count_blocks(measured.key_length, block_size))
         offset = lifted.bounds.compute_offset(mask, captured, measured.key_length - measured.query_length)
+        found = lifted.bounds
+        is_causal = found.is_causal and tables is None  # blocks listed as full are not under the mask_mod
         return tuple(
-            describe_mask(mask.module, captured, measured, bounds, offset, lifted.bounds.is_packed, block_size)
+            describe_mask(
+                *(mask.module, captured, measured, bounds, offset, found.is_packed, block_size), is_causal=is_causal
+            )
         )
 
     nodes: list[Any] = list(inline(graph, compute, (*captures, *sizes, *(tables[2:6] if tables else ()))))

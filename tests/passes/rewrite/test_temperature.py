@@ -63,7 +63,9 @@ def test_a_factor_of_keys_stays_dense() -> None:
     query, key, value = torch.randn(3, 1, 2, LENGTH, 16)
     backend = FlexPrefillBackend()
     with torch.no_grad(), without_code_generation():
-        call = torch.compile(attend(lambda scores, factor: scores * factor), backend=backend, options={"min_length": 64})
+        call = torch.compile(
+            attend(lambda scores, factor: scores * factor), backend=backend, options={"min_length": 64}
+        )
         call(query, key, value, torch.rand(LENGTH))
     (site,) = backend.report.sites
     assert site.reason is SkipReason.MASK_NOT_LIFTED
