@@ -18,8 +18,8 @@ from flexprefill_compile.block_masks.masks.intervals import BlockBounds, classif
 
 from ..graph.nodes import example_of
 from ..graph.trace import inline
+from ..lift.elements import ElementFunction
 from ..lift.lifted_site import LiftedSite
-from ..lift.score_parts import ElementFunction
 from .captured_values import CapturedValues
 
 
@@ -53,14 +53,18 @@ def insert_facts(
         captured, measured = values[:num_captures], AttentionSizes(*values[num_captures : num_captures + 4])
         if tables is None:
             bounds = classify_blocks(mask.module, captured, measured, block_size, device)
+            # A ragged last block is left to the mask_mod, whose kernel minds where the keys end.
+            is_whole = torch.arange(bounds.certain.shape[-1], device=device) < measured.key_length // block_size
+            bounds = BlockBounds(bounds.certain & is_whole, bounds.possible)
         else:
             bounds = _read_tables(values[-4:], count_blocks(measured.key_length, block_size))
-        # A ragged last block is left to the mask_mod, whose kernel minds where the keys end.
-        is_whole = torch.arange(bounds.certain.shape[-1], device=device) < measured.key_length // block_size
-        bounds = BlockBounds(bounds.certain & is_whole, bounds.possible)
         offset = lifted.bounds.compute_offset(mask, captured, measured.key_length - measured.query_length)
+        found = lifted.bounds
+        is_causal = found.is_causal and tables is None  # blocks listed as full are not under the mask_mod
         return tuple(
-            describe_mask(mask.module, captured, measured, bounds, offset, lifted.bounds.is_packed, block_size)
+            describe_mask(
+                *(mask.module, captured, measured, bounds, offset, found.is_packed, block_size), is_causal=is_causal
+            )
         )
 
     nodes: list[Any] = list(inline(graph, compute, (*captures, *sizes, *(tables[2:6] if tables else ()))))
@@ -88,7 +92,7 @@ def insert_mask_check(
     mask, bias = lifted.parts.mask, lifted.parts.bias
     assert mask is not None
     sizes = captured.measure(query, key)
-    captures = [captured.read(function, lifted.traced) for function in (mask, bias) if function is not None]
+    captures = [captured.read(function, lifted) for function in (mask, bias) if function is not None]
     device = example_of(query).device
 
     def check(query: Tensor, materialised: Tensor, *values: Any) -> tuple[Tensor]:
