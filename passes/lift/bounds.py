@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from ..graph.trace import ancestors_of
-from .elements import is_read_by_pair
+from .elements import POSITION_DTYPES, dtype_of_element, is_read_by_pair
 from .score_parts import ElementFunction
 
 aten = torch.ops.aten
@@ -101,7 +101,11 @@ def _offset_of(margin: sympy.Expr) -> sympy.Expr | None:
     """Return c if the margin is query + c - key, with c the same for every pair."""
     offset = sympy.expand(margin - QUERY + KEY)
     is_scalar = all(symbol.name.startswith("capture") for symbol in offset.free_symbols)
-    return offset if is_scalar and not offset.atoms(sympy.core.function.AppliedUndef) else None
+    return (
+        offset
+        if is_scalar and offset.is_integer is not False and not offset.atoms(sympy.core.function.AppliedUndef)
+        else None
+    )
 
 
 def _orders_values(margin: sympy.Expr) -> bool:
@@ -146,11 +150,12 @@ class _Expressions:
         if argument.op == "placeholder":
             return {"query": QUERY, "key": KEY}.get(argument.name, sympy.Symbol(argument.name, integer=True))
         packet = _packet(argument)
-        if packet is aten._to_copy:
+        is_exact = dtype_of_element(argument) in POSITION_DTYPES
+        if packet is aten._to_copy and is_exact:
             return self.expression_of(argument.args[0])
         if packet is aten.full_like:
             return sympy.sympify(argument.args[1])
-        if packet in _ARITHMETIC and not argument.kwargs:
+        if packet in _ARITHMETIC and is_exact and not argument.kwargs:
             return sympy.sympify(_ARITHMETIC[packet](*map(self.expression_of, argument.args)))
         # A capture at some index, or an operation without a rule: an unknown function of what goes into it.
         inputs = argument.args[1] if packet is aten.index else argument.all_input_nodes

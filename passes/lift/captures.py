@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -46,7 +47,9 @@ class Captures:
         if capture not in self.placeholders:
             self._check_computation(node)
             self.placeholders[capture] = self._formula.add_capture()
-        return self._formula.read(self.placeholders[capture], indices)
+        example = node.meta["val"]
+        dtype = example.dtype if isinstance(example, Tensor) else torch.int64
+        return self._formula.read(self.placeholders[capture], indices, dtype)
 
     def _check_own_size(self, node: Node, indices: Indices) -> None:
         if not self._formula.depends_on_pair(indices):

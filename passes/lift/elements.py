@@ -20,6 +20,8 @@ Element = Node | bool | int | float
 Indices = tuple[Element, ...]
 
 INDEX_NAMES = ("batch", "head", "query", "key")
+# They hold every position of a prompt; float32 up to 16 million tokens. Others round, or wrap around.
+POSITION_DTYPES = frozenset({torch.int32, torch.int64, torch.float32, torch.float64})
 
 
 class NotLiftableError(Exception):
@@ -63,9 +65,11 @@ def broadcast(indices: Indices, operand: Tensor, result: Tensor) -> Indices:
     return indices[len(result.shape) - len(operand.shape) :]
 
 
-def is_negation(condition: Node) -> bool:
-    """Tell whether a condition is ``not`` another one."""
-    return condition.target in (aten.logical_not.default, aten.bitwise_not.default)
+def dtype_of_element(element: Node) -> torch.dtype | None:
+    """Return the dtype of a node of a formula, None where it isn't known."""
+    example = element.meta.get("val")
+    dtype = example.dtype if isinstance(example, Tensor) else element.meta.get("dtype")
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def is_read_by_pair(element: Node) -> bool:

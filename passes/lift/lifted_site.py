@@ -17,13 +17,13 @@ from torch.fx import Graph, GraphModule, Node
 
 from flexprefill_compile.report import SkipReason
 from flexprefill_compile.settings.config import SparsePrefillConfig
-from flexprefill_compile.torch_internals import statically_known_true
+from flexprefill_compile.torch_internals import guard_or_false, statically_known_true
 
 from ..graph.edits import edited_inputs, shares_memory
 from ..graph.nodes import example_of
 from ..graph.trace import TracedValue, bind_number, trace, trace_value
 from ..match.refusals import Refusal
-from ..match.site import AttentionSite, FlexMods, IsCausal, Logits, Masked
+from ..match.site import AttentionSite, FlexMods, IsCausal, Logits, Masked, describe_shape
 from .bounds import MaskBounds, find_bounds
 from .elements import INDEX_NAMES, Capture, LiftedElement, NotLiftableError
 from .lifter import Lifter
@@ -50,7 +50,12 @@ class LiftedSite:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is causal attention and nothing else, for a prompt and its own keys."""
+        """Whether it is causal attention and nothing else, for a prompt and its own keys.
+
+        A FlexAttention call never is: its tables, known at run time only, may leave out more than its mask_mod.
+        """
+        if isinstance(self.site.scores, FlexMods):
+            return False
         is_alone = self.bounds.is_plain and self.parts.bias is None and self.parts.softcap is None
         query_length, key_length = (example_of(x).shape[2] for x in (self.site.query, self.site.key))
         # What is_causal means was settled by the matcher, with a guard where it had to.
@@ -131,7 +136,7 @@ def _take_apart(site: AttentionSite, config: SparsePrefillConfig) -> tuple[Trace
             parts = split_logit(lifted, example_of(logits).dtype)
             return traced, dataclasses.replace(parts, scale=parts.scale * _scale_of(site))
         case FlexMods() as mods:
-            _check_block_size(mods, config.block_size)
+            _check_tables(mods, site, config.block_size)
             return _take_flex_apart(mods, site)
         case _:
             raise NotLiftableError(f"{type(site.scores).__name__} has no formula")
@@ -160,10 +165,19 @@ def _check_edits(value: Node, traced: TracedValue, reader: Node, exempt: tuple[N
 # FlexAttention's own functions
 
 
-def _check_block_size(mods: FlexMods, block_size: int) -> None:
+def _check_tables(mods: FlexMods, site: AttentionSite, block_size: int) -> None:
     own = tuple(mods.block_mask[-3:-1])
     if own != (block_size, block_size):
         raise NotLiftableError(f"its block mask has blocks of {own[0]} x {own[1]}, not {block_size} x {block_size}")
+    batch, heads = example_of(site.query).shape[:2]
+    for table in filter(None, mods.block_mask[2:6]):
+        sizes = example_of(table).shape[:2]
+        fits = all(
+            statically_known_true(size == 1) or guard_or_false(size == whole)
+            for size, whole in zip(sizes, (batch, heads), strict=True)
+        )
+        if not fits or example_of(table).dim() not in (3, 4):
+            raise NotLiftableError(f"its block mask has tables of {describe_shape(example_of(table))}")
 
 
 def _take_flex_apart(mods: FlexMods, site: AttentionSite) -> tuple[TracedValue, ScoreParts]:

@@ -16,13 +16,13 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..graph.trace import ancestors_of
+from .conditions import negate
 from .elements import (
     INDEX_NAMES,
     Capture,
     Element,
     LiftedElement,
     NotLiftableError,
-    is_negation,
     is_read_by_pair,
 )
 
@@ -215,11 +215,7 @@ class _Splitter:
         return value if factor == 1 else self.graph.call_function(aten.mul.Tensor, (value, factor))
 
     def _negate(self, condition: Any) -> Node:
-        return (
-            condition.args[0]
-            if is_negation(condition)
-            else self.graph.call_function(aten.logical_not.default, (condition,))
-        )
+        return negate(condition, lambda target, inputs: self.graph.call_function(target, tuple(inputs)))
 
     def _combine(self, target: Any, nodes: list[Node]) -> Node | None:
         combined = None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .elements import Element, Indices, NoRuleError, broadcast
+from .elements import POSITION_DTYPES, Element, Indices, NoRuleError, broadcast
 from .lifter import Lifter, Rule, add_rule
 
 aten = torch.ops.aten
@@ -30,7 +30,10 @@ def _arguments(node: Node) -> Any:
 def _lift_cast(lifter: Lifter, node: Node, indices: Indices) -> Element:
     (source,) = _arguments(node)
     element = lifter.element(source, indices)
-    return lifter.formula.cast(element, source.meta["val"].dtype, node.meta["val"].dtype)
+    dtype, target = source.meta["val"].dtype, node.meta["val"].dtype
+    if lifter.formula.is_narrowed(element, dtype, target) and not lifter.formula.depends_on_pair(indices):
+        raise NoRuleError  # captured, the numbers are what the model rounds them to
+    return lifter.formula.cast(element, dtype, target)
 
 
 @_rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
@@ -48,7 +51,8 @@ def _lift_arange(lifter: Lifter, node: Node, indices: Indices) -> Element:
     start, step = 0, 1
     if node.target is not aten.arange.default:
         start, step = (*_arguments(node), 1)[0], (*_arguments(node), 1, 1)[2]
-    if not all(isinstance(x, int | Node) for x in (start, step)):
+    is_exact = node.meta["val"].dtype in POSITION_DTYPES
+    if not is_exact or not all(isinstance(x, int | Node) for x in (start, step)):
         raise NoRuleError
     position = lifter.affine(indices[0], step, start)
     return lifter.formula.cast(position, torch.int64, node.meta["val"].dtype)

@@ -53,11 +53,11 @@ def insert_facts(
         captured, measured = values[:num_captures], AttentionSizes(*values[num_captures : num_captures + 4])
         if tables is None:
             bounds = classify_blocks(mask.module, captured, measured, block_size, device)
+            # A ragged last block is left to the mask_mod, whose kernel minds where the keys end.
+            is_whole = torch.arange(bounds.certain.shape[-1], device=device) < measured.key_length // block_size
+            bounds = BlockBounds(bounds.certain & is_whole, bounds.possible)
         else:
             bounds = _read_tables(values[-4:], count_blocks(measured.key_length, block_size))
-        # A ragged last block is left to the mask_mod, whose kernel minds where the keys end.
-        is_whole = torch.arange(bounds.certain.shape[-1], device=device) < measured.key_length // block_size
-        bounds = BlockBounds(bounds.certain & is_whole, bounds.possible)
         offset = lifted.bounds.compute_offset(mask, captured, measured.key_length - measured.query_length)
         return tuple(
             describe_mask(mask.module, captured, measured, bounds, offset, lifted.bounds.is_packed, block_size)

@@ -65,6 +65,7 @@ def edited_mask() -> Tensor:
         (SkipReason.MASK_EDITED, lambda q, k, v: masked(q, k, v, edited_mask()), qkv()),
         (SkipReason.MASK_NOT_LIFTED, lambda q, k, v: masked(q, k, v, MASK.float().exp() @ MASK.float() > 1), qkv()),
         (SkipReason.NOT_CAUSAL, lambda q, k, v: masked(q, k, v, torch.arange(LENGTH)[None] < 10), qkv()),
+        (SkipReason.MASK_NOT_LIFTED, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, MASK, 0.0, True), qkv()),
         (SkipReason.NOT_CAUSAL, F.scaled_dot_product_attention, qkv()),
         (SkipReason.DROPOUT, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.1, True), qkv()),
         (SkipReason.GRADIENT, causal, qkv(requires_grad=True)),
