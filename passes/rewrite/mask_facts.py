@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from flexprefill_compile.block_masks.layout import AttentionSizes, count_blocks, unpack_blocks
 from flexprefill_compile.block_masks.masks.facts import MaskFacts, describe_mask, representative_indices
 from flexprefill_compile.block_masks.masks.intervals import BlockBounds, classify_blocks
+from flexprefill_compile.torch_internals import statically_known_true
 
 from ..graph.nodes import example_of
 from ..graph.trace import inline
@@ -58,10 +59,13 @@ def insert_facts(
             bounds = BlockBounds(bounds.certain & is_whole, bounds.possible)
         else:
             bounds = _read_tables(values[-4:], count_blocks(measured.key_length, block_size))
+        is_square = statically_known_true(measured.query_length == measured.key_length)
         offset = lifted.bounds.compute_offset(mask, captured, measured.key_length - measured.query_length)
-        return tuple(
-            describe_mask(mask.module, captured, measured, bounds, offset, lifted.bounds.is_packed, block_size)
-        )
+        if lifted.bounds.is_given and lifted.bounds.offset is None and not is_square:
+            offset = _find_offset(mask, captured, measured, device)
+        # In a chunk of packed prompts the sequences are not told apart.
+        is_packed = lifted.bounds.is_packed and is_square
+        return tuple(describe_mask(mask.module, captured, measured, bounds, offset, is_packed, block_size))
 
     nodes: list[Any] = list(inline(graph, compute, (*captures, *sizes, *(tables[2:6] if tables else ()))))
     return MaskFacts(*nodes)
@@ -70,12 +74,17 @@ def insert_facts(
 def insert_bias(
     graph: Graph, bias: ElementFunction, captures: tuple[Any, ...], rows: Any, sizes: AttentionSizes
 ) -> Node:
-    """Insert what the model adds to the scores of the representative queries, whose rows are given; return its node."""
+    """Insert what the model adds to the scores of the representative queries, whose rows are given.
+
+    Returns:
+        The node of (B|1, H|1, num_k_blocks, block_size, block_size), for the representative queries and all keys.
+    """
     uses = _IndexUse(bias)
 
     def compute(rows: Tensor, batch: int, heads: int, key_length: int, *values: Any) -> tuple[Tensor]:
         indices = representative_indices(rows, batch if uses.batch else 1, heads if uses.heads else 1, key_length)
-        return (bias.module(*indices, *values),)
+        shape = torch.broadcast_shapes(*(index.shape for index in indices))
+        return (bias.module(*indices, *values).expand(shape),)
 
     (node,) = inline(graph, compute, (rows, sizes.batch, sizes.heads, sizes.key_length, *captures))
     return node
@@ -100,6 +109,25 @@ def insert_mask_check(
 
     nodes = inline(graph, check, (query, materialised, *sizes, *(c for group in captures for c in group)))
     return nodes[0]
+
+
+def _find_offset(mask: ElementFunction, captures: Sequence[Any], sizes: AttentionSizes, device: torch.device) -> Tensor:
+    """Return the position of the first query among the keys under a mask that doesn't say it: () int64.
+
+    The last key that the last query sees, in any row of the batch, is taken for its own.
+    """
+    batch, heads, query_length, key_length = sizes
+    key_index = torch.arange(key_length, device=device)
+    visible = mask.module(
+        torch.arange(batch, device=device).view(-1, 1, 1, 1),
+        torch.arange(heads, device=device).view(-1, 1, 1),
+        torch.full((1, 1), query_length - 1, device=device),
+        key_index,
+        *captures,
+    )
+    last_key = torch.where(visible, key_index, -1).amax()
+    offset = torch.where(last_key >= 0, last_key - (query_length - 1), key_length - query_length)
+    return offset.clamp(min=0)
 
 
 def _read_tables(tables: Sequence[Any], num_k_blocks: int) -> BlockBounds:

@@ -37,8 +37,8 @@ def draw_flex(scope: Scope) -> FlexCode:
     score_mod = "torch.tanh(score / 4.0) * 4.0" if softcap is not None else "score"
     score_mod += f" + {bias}" if bias else ""
     scale, scale_text = choices.pick([(sizes.head_dim**-0.5, ""), (0.5, "scale=0.5")])
-    by_batch = str(sizes.batch) if "[b" in mask_mod or choices.chance(30) else "None"
-    by_head = str(sizes.heads) if "[h" in mask_mod or choices.chance(30) else "None"
+    by_batch = "query.shape[0]" if "[b" in mask_mod or choices.chance(30) else "None"
+    by_head = "query.shape[1]" if "[h" in mask_mod or choices.chance(30) else "None"
     block = choices.pick([BLOCK] * 8 + [32, 128])
     keywords = ["block_mask=block_mask"]
     keywords += ["score_mod=score_mod"] if score_mod != "score" else []

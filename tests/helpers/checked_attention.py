@@ -79,10 +79,11 @@ def attend_checked(
 
     indices = _index_pairs(query, key)
     group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    scores = score_mod(query @ key.mT * scale, *indices, *score_mod_captures).masked_fill(~computed, -torch.inf)
+    key, value = (x.float().repeat_interleave(group, dim=1) for x in (key, value))
+    scores = query.float() @ key.mT * scale
+    scores = score_mod(scores, *indices, *score_mod_captures).masked_fill(~computed, -torch.inf)
     weights = scores.softmax(-1).masked_fill(~computed, 0)  # a row without keys is zero, not NaN
-    output = (weights @ value).to(query.dtype)
+    output = (weights.float() @ value).to(query.dtype)
     return _lay_out(output, query), scores.logsumexp(-1), scores.amax(-1)
 
 
