@@ -114,20 +114,18 @@ def insert_mask_check(
 def _find_offset(mask: ElementFunction, captures: Sequence[Any], sizes: AttentionSizes, device: torch.device) -> Tensor:
     """Return the position of the first query among the keys under a mask that doesn't say it: () int64.
 
-    The last key that the last query sees, in any row of the batch, is taken for its own.
+    The last key that a query sees is taken for its own. The first and the last query are asked, one of which is no
+    padding.
     """
     batch, heads, query_length, key_length = sizes
     key_index = torch.arange(key_length, device=device)
-    visible = mask.module(
-        torch.arange(batch, device=device).view(-1, 1, 1, 1),
-        torch.arange(heads, device=device).view(-1, 1, 1),
-        torch.full((1, 1), query_length - 1, device=device),
-        key_index,
-        *captures,
-    )
-    last_key = torch.where(visible, key_index, -1).amax()
-    offset = torch.where(last_key >= 0, last_key - (query_length - 1), key_length - query_length)
-    return offset.clamp(min=0)
+    rows = torch.arange(2, device=device).unsqueeze(-1) * (query_length - 1)
+    batch_index = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+    head_index = torch.arange(heads, device=device).view(-1, 1, 1)
+    visible = mask.module(batch_index, head_index, rows, key_index, *captures).expand(batch, heads, 2, key_length)
+    last_key = torch.where(visible, key_index, -1).amax((0, 1, 3))
+    offset: Tensor = torch.where(last_key >= 0, last_key - rows.squeeze(-1), -1).amax()
+    return torch.where(offset >= 0, offset, key_length - query_length)
 
 
 def _read_tables(tables: Sequence[Any], num_k_blocks: int) -> BlockBounds:

@@ -41,6 +41,7 @@ class Case:
         num_layers: How many attention calls the model makes.
         is_one_sequence: Whether no mask packs several sequences into a row.
         start: How many keys come before the first query.
+        dtype: Of query, key and value.
         tape: The choices that made it.
     """
 
@@ -53,6 +54,7 @@ class Case:
     num_layers: int
     is_one_sequence: bool
     start: int
+    dtype: torch.dtype
     tape: tuple[int, ...]
 
     def load(self) -> dict[str, Callable[..., Any]]:
@@ -98,6 +100,7 @@ def draw_case(choices: Choices) -> Case:
         num_layers=num_layers,
         is_one_sequence=scope.is_one_sequence,
         start=scope.sizes.start,
+        dtype=getattr(torch, scope.dtype),
         tape=tuple(choices.tape),
     )
 

@@ -20,11 +20,14 @@ class Attention:
         logits: (B, H, S, T), -inf where a query does not see a key.
         value: (B, H, T, Dv).
         visible: (B, H, S, T) bool.
+        is_finite: Whether query, key and value are. If not, what is hidden may leak into rows that don't see it, as it
+            does from some of eager's kernels: 0 * NaN.
     """
 
     logits: Tensor
     value: Tensor
     visible: Tensor
+    is_finite: bool
 
     @property
     def has_keys(self) -> Tensor:
@@ -78,7 +81,8 @@ def describe(case: Case, names: dict[str, Any], inputs: dict[str, Any], query_fa
         bias = mask.double().masked_fill(~visible, 0)
     visible = visible.expand(scores.shape)
     logits = (scores + bias).masked_fill(~visible, -torch.inf)
-    return Attention(logits, value, visible)
+    is_finite = all(bool(x.isfinite().all()) for x in (query, key, value))
+    return Attention(logits, value, visible, is_finite)
 
 
 def allowed_error(attention: Attention, dtype: torch.dtype, *, has_fast_exponential: bool) -> float:

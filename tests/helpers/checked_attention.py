@@ -40,7 +40,10 @@ def without_code_generation(
     ) -> Callable[..., Any]:
         for module in graph_modules(graph_module):
             for node in module.graph.find_nodes(op="call_function", target=flex_attention_hop):
-                node.target = attend
+                if node.users:
+                    node.target = attend
+                else:  # the model's own call that was rewritten; inductor drops it too
+                    module.graph.erase_node(node)
             module.recompile()
         return graph_module.forward
 
