@@ -9,7 +9,8 @@ import torch
 
 from .backend import FlexPrefillBackend
 from .report import RewriteReport
-from .torch_internals import uncompiled_call
+from .settings.config import split_options
+from .torch_internals import inductor_option_names, uncompiled_call
 
 
 def explain(
@@ -32,6 +33,7 @@ def explain(
     Raises:
         InvalidOptionError: An unknown option, or a value out of range.
     """
+    split_options(options, inductor_option_names())  # dict() takes more than mappings
     backend = FlexPrefillBackend()
     torch.compile(uncompiled_call(model), backend=backend, options=dict(options or {}))(*args, **kwargs)
     print(backend.report)

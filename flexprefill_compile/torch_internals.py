@@ -14,10 +14,11 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._dynamo import config as _dynamo_config
 from torch._dynamo import maybe_mark_dynamic
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 from torch._guards import tracing
 from torch._higher_order_ops.flex_attention import _permute_strides
@@ -37,10 +38,12 @@ __all__ = [
     "CONTROL_FLOW",
     "FUSED_ATTENTION",
     "FakeTensor",
+    "FakeTensorMode",
     "GraphSnapshot",
     "OpOverload",
     "OpOverloadPacket",
     "PassesThroughDynamo",
+    "TransformGetItemToIndex",
     "attention_strides",
     "compile_with_inductor",
     "compiler_config",
@@ -51,6 +54,7 @@ __all__ = [
     "has_cuda_graphs",
     "inductor_option_names",
     "is_flash_available",
+    "is_size_expression",
     "list_mode_options",
     "make_fx_under",
     "maybe_mark_dynamic",
@@ -115,6 +119,11 @@ def _storage_of(tensor: Tensor) -> int:
     while is_functorch_wrapped_tensor(tensor):  # inside a vmap, such as FlexAttention's block masks are made in
         tensor = get_unwrapped(tensor)
     return int(tensor.untyped_storage()._cdata)
+
+
+def is_size_expression(number: object) -> bool:
+    """Tell whether a number is a symbolic size that is computed from others."""
+    return isinstance(number, SymInt) and not number.node.expr.is_symbol and not number.node.expr.is_number
 
 
 def inductor_option_names() -> frozenset[str]:

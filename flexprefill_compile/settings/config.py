@@ -205,8 +205,10 @@ def split_options(
         inductor_names: The names that inductor takes.
 
     Raises:
-        InvalidOptionError: A name belongs to neither, or a value of ours is out of range.
+        InvalidOptionError: They are no mapping of names, a name belongs to neither, or a value of ours is out of range.
     """
+    are_named = options is None or (isinstance(options, Mapping) and all(isinstance(name, str) for name in options))
+    check("options", options, 'a mapping of names to values, as {"gamma": 0.9}', are_named)
     own_names = [field.name for field in dataclasses.fields(SparsePrefillConfig)]
     own: dict[str, Any] = {}
     forwarded: dict[str, Any] = {}

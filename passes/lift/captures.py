@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -48,8 +47,7 @@ class Captures:
             self._check_computation(node)
             self.placeholders[capture] = self._formula.add_capture()
         example = node.meta["val"]
-        dtype = example.dtype if isinstance(example, Tensor) else torch.int64
-        return self._formula.read(self.placeholders[capture], indices, dtype)
+        return self._formula.read(self.placeholders[capture], indices, example if isinstance(example, Tensor) else None)
 
     def _check_own_size(self, node: Node, indices: Indices) -> None:
         if not self._formula.depends_on_pair(indices):

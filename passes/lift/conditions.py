@@ -1,6 +1,7 @@
-"""Conditions in a formula: their negations, written so that what all have to hold stays apart.
+"""Conditions in a formula: their negations, of comparisons and captures alone, so that what has to hold stays apart.
 
 ~(future | padding)        ->  ~future & ~padding
+~(cached & hidden)         ->  ~cached | ~hidden
 ~~padding                  ->  padding
 """
 
@@ -17,7 +18,12 @@ from .elements import dtype_of_element
 aten = torch.ops.aten
 
 NEGATIONS = (aten.logical_not, aten.bitwise_not)
-_DISJUNCTIONS = (aten.logical_or, aten.bitwise_or)
+_DUALS: dict[Any, Any] = {
+    aten.logical_or: aten.bitwise_and.Tensor,
+    aten.bitwise_or: aten.bitwise_and.Tensor,
+    aten.logical_and: aten.bitwise_or.Tensor,
+    aten.bitwise_and: aten.bitwise_or.Tensor,
+}
 
 
 def negated_by(condition: Node) -> Node | None:
@@ -38,6 +44,7 @@ def negate(condition: Node, call: Callable[[Any, Sequence[Node]], Node]) -> Node
     negated = negated_by(condition)
     if negated is not None:
         return negated
-    if getattr(condition.target, "overloadpacket", None) in _DISJUNCTIONS and len(condition.all_input_nodes) == 2:
-        return call(aten.bitwise_and.Tensor, [negate(part, call) for part in condition.all_input_nodes])
+    dual, parts = _DUALS.get(getattr(condition.target, "overloadpacket", None)), condition.all_input_nodes
+    if dual is not None and len(parts) == 2 and all(dtype_of_element(part) == torch.bool for part in parts):
+        return call(dual, [negate(part, call) for part in parts])
     return call(aten.logical_not.default, [condition])

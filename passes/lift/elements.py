@@ -28,8 +28,8 @@ class NotLiftableError(Exception):
     """The tensor is no function of a pair's indices and of O(S) captures; the message says what stands in the way."""
 
 
-class NoRuleError(Exception):
-    """The rule of an operation doesn't cover these arguments; capture its result instead."""
+class NoRuleError(NotLiftableError):
+    """The rule of an operation doesn't cover these arguments; capture its result instead, if that can be."""
 
 
 @dataclasses.dataclass(frozen=True)

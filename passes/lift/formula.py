@@ -8,14 +8,15 @@ where(key <= query, True, False)        ->  key <= query
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from .conditions import NEGATIONS, negate
 from .constants import compute, dtype_of
-from .elements import INDEX_NAMES, POSITION_DTYPES, Element, Indices, NotLiftableError, dtype_of_element
+from .elements import INDEX_NAMES, POSITION_DTYPES, Element, Indices, NoRuleError, NotLiftableError, dtype_of_element
 
 aten = torch.ops.aten
 
@@ -59,6 +60,8 @@ class Formula:
         self._choices: dict[Node, tuple[Node, Element, Element]] = {}
         # Nodes whose numbers the model rounds to a dtype in which the compiled formula may not.
         self._rounded: set[Node] = set()
+        # Indices that may be beyond what they index, and what depends on them.
+        self._held_back: set[Node] = set()
         self._dependence: dict[Node, frozenset[Node]] = {
             self.query: frozenset({self.query}),
             self.key: frozenset({self.key}),
@@ -75,11 +78,37 @@ class Formula:
         with self.graph.inserting_after(placeholders[-1]):
             return self.graph.placeholder(f"capture_{len(placeholders) - len(INDEX_NAMES)}")
 
-    def read(self, captured: Node, indices: Indices, dtype: torch.dtype) -> Node:
-        """Return the element of a capture at the indices that are no constants."""
+    def hold_back(self, index: Element) -> Element:
+        """Return an index under which nothing is read but at a place that exists."""
+        if not isinstance(index, Node):
+            return max(int(index), 0)
+        held = self._call(aten.mul.Tensor, [index, 1], {}, torch.int64)  # a node of its own
+        self._held_back.add(held)
+        return held
+
+    def read(self, captured: Node, indices: Indices, example: Tensor | None) -> Node:
+        """Return the element of a capture at the indices that are no constants.
+
+        Args:
+            captured: The placeholder.
+            indices: One for each of its dimensions.
+            example: Of the capture, None for a number.
+
+        Raises:
+            NoRuleError: An index may be beyond a dimension whose size isn't known.
+        """
+        dtype = torch.int64 if example is None else example.dtype
         captured.meta["dtype"] = dtype
-        entries = [index for index in indices if isinstance(index, Node)]
+        sizes = () if example is None else example.shape
+        entries = [self._bring_back(i, n) for i, n in zip(indices, sizes, strict=True) if isinstance(i, Node)]
         return self._call(aten.index.Tensor, [captured, entries], {}, dtype) if entries else captured
+
+    def _bring_back(self, index: Node, size: Any) -> Node:
+        if index not in self._held_back:
+            return index
+        if not isinstance(size, int):
+            raise NoRuleError("it joins tensors whose sizes are not known")
+        return self._call(aten.clamp.default, [index, 0, size - 1], {}, torch.int64)
 
     def depends_on_pair(self, indices: Indices) -> bool:
         """Tell whether the query goes into one index and the key into another, or both into several."""
@@ -134,14 +163,27 @@ class Formula:
                     return other if constant is (packet is aten.bitwise_and) else constant
         if packet in (aten.add, aten.sub) and isinstance(second, int) and second == 0 and isinstance(first, Node):
             return first
-        if target is aten.where.self and isinstance(first, bool):
-            return arguments[1] if first else arguments[2]
+        if target is aten.where.self:
+            return self._simplify_choice(*arguments[:3], dtype=dtype)
         if packet in NEGATIONS and isinstance(first, Node) and dtype == torch.bool:
             return self._negate(first)
         if packet in (aten.eq, aten.ne) and isinstance(first, Node) and isinstance(second, bool | int | float):
             is_condition = dtype_of_element(first) == torch.bool and second in (0, 1)
             return None if not is_condition else first if (second == 1) is (packet is aten.eq) else self._negate(first)
         return None
+
+    def _simplify_choice(self, condition: Element, if_true: Element, if_false: Element, *, dtype: torch.dtype) -> Any:
+        if isinstance(condition, bool):
+            return if_true if condition else if_false
+        return self._either(cast("Node", condition), if_true, if_false) if dtype == torch.bool else None
+
+    def _either(self, condition: Node, if_true: Element, if_false: Element) -> Element:
+        """Write a choice of conditions as what has to hold: (~condition | if_true) & (condition | if_false)."""
+        sides = [
+            self.emit(aten.bitwise_or.Tensor, [guard, side], {}, torch.bool)
+            for guard, side in ((self._negate(condition), if_true), (condition, if_false))
+        ]
+        return self.emit(aten.bitwise_and.Tensor, sides, {}, torch.bool)
 
     def _negate(self, condition: Node) -> Node:
         return negate(condition, lambda target, inputs: self._call(target, inputs, {}, torch.bool))
@@ -180,8 +222,17 @@ class Formula:
         node = self.graph.call_function(target, tuple(arguments), keywords)
         node.meta["dtype"] = dtype
         flat = [x for a in arguments for x in (a if isinstance(a, list | tuple) else [a])]
+        if (
+            self._held_back.intersection(x for x in flat if isinstance(x, Node))
+            and target.overloadpacket is not aten.index
+        ):
+            self._held_back.add(node)
         self._dependence[node] = frozenset().union(*(self._depends(a) for a in flat))
         return node
+
+    @staticmethod
+    def _nodes_of(arguments: Sequence[Any]) -> list[Node]:
+        return [argument for argument in arguments if isinstance(argument, Node)]
 
     def _depends(self, element: Any) -> frozenset[Node]:
         return self._dependence.get(element, frozenset()) if isinstance(element, Node) else frozenset()

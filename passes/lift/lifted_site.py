@@ -9,6 +9,7 @@ FlexMods(...)         ->  the call's own functions                             (
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from flexprefill_compile.report import SkipReason
 from flexprefill_compile.settings.config import SparsePrefillConfig
-from flexprefill_compile.torch_internals import guard_or_false, statically_known_true
+from flexprefill_compile.torch_internals import TransformGetItemToIndex, guard_or_false, statically_known_true
 
 from ..graph.edits import edited_inputs, shares_memory
 from ..graph.nodes import example_of
-from ..graph.trace import TracedValue, bind_number, trace, trace_value
+from ..graph.trace import TooManyOperationsError, TracedValue, bind_number, trace, trace_value
 from ..match.refusals import Refusal
 from ..match.site import AttentionSite, FlexMods, IsCausal, Logits, Masked, describe_shape
 from .bounds import MaskBounds, find_bounds
@@ -61,6 +62,8 @@ class LiftedSite:
         # What is_causal means was settled by the matcher, with a guard where it had to.
         return is_alone and (self.parts.mask is None or statically_known_true(query_length == key_length))
 
+
+logger = logging.getLogger(__name__)
 
 _RULES = VIEW_RULES | VALUE_RULES
 
@@ -118,12 +121,13 @@ def _take_apart_once(
 def _try_to_take_apart(site: AttentionSite, config: SparsePrefillConfig) -> tuple[TracedValue, ScoreParts] | Refusal:
     try:
         return _take_apart(site, config)
-    except NotLiftableError as error:
+    except (NotLiftableError, TooManyOperationsError) as error:
         return SkipReason.MASK_NOT_LIFTED, str(error)
     except _EditedError as error:
         return SkipReason.MASK_EDITED, str(error)
-    except Exception as error:  # whatever tracing stumbles over, dense attention is right
-        return SkipReason.MASK_NOT_LIFTED, f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    except Exception:  # whatever tracing stumbles over, dense attention is right
+        logger.debug("%s can't be traced", site.name, exc_info=True)
+        return SkipReason.MASK_NOT_LIFTED, "what computes it can't be traced"
 
 
 def _scale_of(site: AttentionSite) -> float:
@@ -219,7 +223,8 @@ def _lift_function(
     def call(score: Tensor, *indices_and_nodes: Any) -> Any:
         indices, values = indices_and_nodes[:4], iter(indices_and_nodes[4:])
         filled = (next(values) if isinstance(capture, Node) else capture for capture in captures)
-        return function(*((score,) if takes_score else ()), *indices, *filled)
+        with TransformGetItemToIndex():  # else captured[query] would ask for the value of the index
+            return function(*((score,) if takes_score else ()), *indices, *filled)
 
     query = example_of(site.query)
     with query.fake_mode:

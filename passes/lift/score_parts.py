@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -149,6 +150,32 @@ class _Splitter:
             return self._value_of(if_false)
         return None
 
+    def _split_joined(self, node: Node) -> bool:
+        """Take where(condition, x, y) apart, the sides of which hide keys and add nothing: parts of a mask, joined."""
+        condition, *sides = cast("Any", node.args)
+        visible = [self._visible(side) for side in sides]
+        if None in visible:
+            return False
+        for guard, side in zip((self._negate(condition), condition), visible, strict=True):
+            if isinstance(side, Node):
+                self.masks.append(self._call_on_conditions(aten.bitwise_or.Tensor, (guard, side)))
+            elif not side:
+                self.masks.append(guard)
+        return True
+
+    def _visible(self, element: Any) -> Node | bool | None:
+        """Return where what is 0 or lowest everywhere is 0; None for another number or a score."""
+        value = self._value_of(element)
+        if isinstance(value, int | float):
+            return True if value == 0 else False if self._is_lowest(value) else None
+        if value.target is not aten.where.self:
+            return None
+        condition, *sides = value.args
+        first, second = map(self._visible, sides)
+        if first is True and second is False:
+            return cast("Node", condition)
+        return self._negate(condition) if first is False and second is True else None
+
     def _split_factor(self, node: Node) -> tuple[float, Any]:
         """Return c and x of c * x or x / (1 / c), or 1 and the node itself."""
         if node.target not in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
@@ -179,6 +206,8 @@ class _Splitter:
             self.split_addend(element.args[0])
         elif element.target is aten.where.self and (rest := self._split_where(element)) is not None:
             self.split_addend(rest)
+        elif element.target is aten.where.self and self._split_joined(element):
+            pass
         elif element.target is aten.full_like.default:
             self.split_addend(self._value_of(element))
         else:
@@ -215,7 +244,12 @@ class _Splitter:
         return value if factor == 1 else self.graph.call_function(aten.mul.Tensor, (value, factor))
 
     def _negate(self, condition: Any) -> Node:
-        return negate(condition, lambda target, inputs: self.graph.call_function(target, tuple(inputs)))
+        return negate(condition, self._call_on_conditions)
+
+    def _call_on_conditions(self, target: Any, conditions: Sequence[Node]) -> Node:
+        node = self.graph.call_function(target, tuple(conditions))
+        node.meta["dtype"] = torch.bool
+        return node
 
     def _combine(self, target: Any, nodes: list[Node]) -> Node | None:
         combined = None

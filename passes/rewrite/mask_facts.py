@@ -97,7 +97,7 @@ def insert_mask_check(
     mask, bias = lifted.parts.mask, lifted.parts.bias
     assert mask is not None
     sizes = captured.measure(query, key)
-    captures = [captured.read(function, lifted.traced) for function in (mask, bias) if function is not None]
+    captures = [captured.read(function, lifted) for function in (mask, bias) if function is not None]
     device = example_of(query).device
 
     def check(query: Tensor, materialised: Tensor, *values: Any) -> tuple[Tensor]:

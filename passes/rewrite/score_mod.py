@@ -22,7 +22,7 @@ def insert_score(lifted: LiftedSite, sharing: MaskSharing) -> tuple[Node, tuple[
     parts = lifted.parts
     if parts.softcap is None and parts.bias is None:
         return insert_submodule(sharing.module, _SCORE_MODULE, _identity_score), ()
-    captures = sharing.captured.read(parts.bias, lifted.traced) if parts.bias is not None else ()
+    captures = sharing.captured.read(parts.bias, lifted) if parts.bias is not None else ()
     score_mod = _make_score_mod(parts, len(captures))
     return insert_submodule(sharing.module, sharing.name_of_score(score_mod), score_mod), captures
 
