@@ -11,9 +11,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from .case import Case, draw_case
 from .check import Outcome, run_case
-from .choices import replayed, seeded, shrink
+from .grammar.case import Case, draw_case
+from .grammar.choices import replayed, seeded, shrink
 
 
 def main() -> None:

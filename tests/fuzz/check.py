@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +14,9 @@ from torch import Tensor
 from flexprefill_compile.backend import FlexPrefillBackend
 from flexprefill_compile.report import Site, SkipReason
 
-from .case import Case
+from .grammar.case import Case
+from .grammar.scope import BLOCK
 from .oracle import Attention, allowed_error, describe
-from .scope import BLOCK
 
 
 class WrongError(AssertionError):
@@ -121,8 +119,8 @@ class Check:
             _check_mask(call, attention)
         if not is_dense:
             self._compare(actual, attentions, [call.computed for call in calls], "the result", WrongError)
-            self._check_coverage(attentions[0], calls[0])
-            if not self.has_code:
+            if self.case.says_positions:
+                self._check_coverage(attentions[0], calls[0])
                 self._compare_rows(inputs)
 
     def _record_calls(self, inputs: dict[str, Any]) -> list[Call]:
@@ -205,8 +203,8 @@ class Check:
 
     def _compare_rows(self, inputs: dict[str, Any]) -> None:
         """Each row of the batch alone computes the blocks that it computes in the batch."""
-        calls, batch = self.calls, self.calls[0].computed.shape[0]
-        if self.case.is_dynamic or batch == 1:
+        calls, batch = self.calls, self.case.batch
+        if self.case.is_dynamic or batch == 1 or self.has_code:
             return
         for row in range(batch):
             self._run_compiled(self.case.take_row(inputs, row))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .case import Case
-from .flex import FlexCode
+from .grammar.case import Case
+from .grammar.flex import FlexCode
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,9 +24,7 @@ class TableError(AssertionError):
 
 
 @contextlib.contextmanager
-def without_code_generation(
-    *, is_dense: bool = True, attend: Callable[..., Any] | None = None
-) -> Iterator[None]:
+def without_code_generation(*, is_dense: bool = True, attend: Callable[..., Any] | None = None) -> Iterator[None]:
     """While active, FlexPrefillBackend runs its rewritten graphs eagerly and checks their tables.
 
     Args:

@@ -55,6 +55,7 @@ class Scope:
         is_dynamic: Whether the case is compiled with ``dynamic=True``, so that no length may be written out.
         inputs: The arguments of the attention, by name.
         is_one_sequence: Whether each row of the batch is one sequence: no mask packs several.
+        says_positions: Whether the mask tells where the queries stand among the keys; a random one doesn't.
         is_bshd: Whether query, key and value are handed over as (B, S, H, D).
     """
 
@@ -77,6 +78,7 @@ class Scope:
         self.dtype = choices.pick(["float32"] * 6 + ["bfloat16", "float16"])
         self.inputs: dict[str, Input] = {}
         self.is_one_sequence = True
+        self.says_positions = True
         self.is_bshd = False
 
     @property

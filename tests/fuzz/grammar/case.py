@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .choices import Choices
 from .flex import FlexCode, draw_flex
@@ -36,10 +35,11 @@ class Case:
         lengths: Numbers of queries, one after the other, of which the first compiles.
         is_dynamic: Whether to compile with ``dynamic=True``.
         form: What was drawn: scale, softcap and mask for the oracle.
+        batch: How many rows it has.
         batched: The inputs whose first dimension is the batch.
-        mask_arguments: The inputs that ``compute_mask`` takes beside query and key.
         num_layers: How many attention calls the model makes.
         is_one_sequence: Whether no mask packs several sequences into a row.
+        says_positions: Whether the mask tells where the queries stand among the keys.
         start: How many keys come before the first query.
         dtype: Of query, key and value.
         tape: The choices that made it.
@@ -50,9 +50,11 @@ class Case:
     lengths: list[int]
     is_dynamic: bool
     form: FormCode | FlexCode
+    batch: int
     batched: frozenset[str]
     num_layers: int
     is_one_sequence: bool
+    says_positions: bool
     start: int
     dtype: torch.dtype
     tape: tuple[int, ...]
@@ -96,9 +98,11 @@ def draw_case(choices: Choices) -> Case:
         lengths=[scope.length, second_length] if scope.is_dynamic else [scope.length],
         is_dynamic=scope.is_dynamic,
         form=form,
+        batch=scope.sizes.batch,
         batched=frozenset(name for name, x in scope.inputs.items() if x.is_batched),
         num_layers=num_layers,
         is_one_sequence=scope.is_one_sequence,
+        says_positions=scope.says_positions,
         start=scope.sizes.start,
         dtype=getattr(torch, scope.dtype),
         tape=tuple(choices.tape),
@@ -176,6 +180,8 @@ def _write_model(scope: Scope, form: FormCode | FlexCode, operands: Operands, nu
     lines.append(f"out = attend({last})")
     if num_layers > 1:
         lines.append(f"out = out + attend(0.5 * {last})")
-    return _write_function("model", list(scope.inputs), [*lines, "return tail(out)"]) + "\n\n" + _write_function(
-        "tail", ["out"], [f"return {tail}"]
+    return (
+        _write_function("model", list(scope.inputs), [*lines, "return tail(out)"])
+        + "\n\n"
+        + _write_function("tail", ["out"], [f"return {tail}"])
     )

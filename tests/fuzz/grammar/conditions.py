@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from .scope import Scope
 
-_PADDING = ["torch.arange(T) >= torch.randint(0, 12, ({batch}, 1))", "torch.arange(T) < T - torch.randint(0, 12, ({batch}, 1))"]
+_PADDING = [
+    "torch.arange(T) >= torch.randint(0, 12, ({batch}, 1))",
+    "torch.arange(T) < T - torch.randint(0, 12, ({batch}, 1))",
+]
 
 
 def draw_condition(scope: Scope) -> str:
@@ -84,7 +87,7 @@ def draw_narrowing(scope: Scope, depth: int) -> str:
             "(i - j < widths[:, None, None])",
             "(keep[:, None, None, :] & (j >= 0))",
             f"torch.cat([pad[:, :{few}] > -1, pad[:, {few}:] > 0], 1)[:, None, None]",
-            "(i >> 2 >= j >> 2)",
+            "((i.long() >> 2) >= (j.long() >> 2))",
             "(torch.minimum(i, j) > -1)",
             "torch.stack(list(pad.bool().unbind(0)))[:, None, None, :]",
             "pad[:, None, None, :].repeat(1, 1, query.shape[2], 1).bool()",
@@ -160,11 +163,12 @@ def _add_inputs(scope: Scope, code: str) -> str:
         "given": (f"torch.rand({batch}, 1, S, T) < 0.7", True),
         "widths": (f"torch.randint(4, 40, ({sizes.heads},))", False),
         "keep": (f"torch.arange(T) >= torch.randint(0, T // 2, ({batch}, 1))", True),
-        "pad": (f"({scope.choices.pick(_PADDING).format(batch=batch)}).long()", True),
     }
     for name, (source, is_batched) in sources.items():
         if any(word == name for word in _words(code)):
             scope.read(name, source, is_batched=is_batched)
+    if "pad" in _words(code) and "pad" not in scope.inputs:
+        scope.read("pad", scope.choices.pick(_PADDING).format(batch=batch), is_batched=True)
     return code
 
 

@@ -30,7 +30,7 @@ def draw_mask(scope: Scope) -> MaskCode:
     i, j = draw_pair(scope)
     lines = [f"i = {i}", f"j = {j}", f"mask = {draw_condition(scope)}"]
     if choices.chance(10):
-        lines.append(choices.pick(["mask = mask.expand(query.shape[0], 1, -1, -1)", "mask = mask.clone()"]))
+        lines.append(choices.pick(["mask = mask.expand(query.shape[0], -1, -1, -1)", "mask = mask.clone()"]))
     if choices.chance(5):
         lines += _edit_in_place(scope)
     if choices.chance(60):
@@ -52,7 +52,7 @@ def _draw_given(scope: Scope) -> MaskCode:
             f"torch.rand({batch}, 1, S, T) < 0.8",
         ]
     )
-    scope.is_one_sequence = False
+    scope.says_positions = "tril" in source
     mask = scope.read("whole", source, is_batched=True)
     if scope.choices.chance(40):
         return MaskCode([f"return torch.where({mask}, 0.0, -torch.inf).to(query.dtype)"], is_bool=False)
@@ -60,21 +60,16 @@ def _draw_given(scope: Scope) -> MaskCode:
 
 
 def _edit_in_place(scope: Scope) -> list[str]:
-    return ["mask = mask.clone()"] + scope.choices.pick(
-        [
-            ["mask &= j >= 2"],
-            ["mask[..., :2] = True"],
-            ["mask[..., 3] = False"],
-            ["mask.logical_and_(j % 5 != 2)"],
-            ["mask.masked_fill_(j > i, False)"],
-        ]
-    )
+    edits = ["mask &= j >= 2", "mask[..., :2] = True", "mask[..., 3] = False", "mask.masked_fill_(j > i, False)"]
+    return ["mask = mask.clone()", scope.choices.pick([*edits, "mask.logical_and_(j % 5 != 2)"])]
 
 
 def _draw_additive(scope: Scope) -> str:
     """Return numbers to add to the scores for a condition ``mask``."""
     dtype = f"torch.{scope.dtype}"
-    lowest = scope.choices.pick(["-torch.inf", "float('-inf')", f"torch.finfo({dtype}).min", "torch.finfo(query.dtype).min"])
+    lowest = scope.choices.pick(
+        ["-torch.inf", "float('-inf')", f"torch.finfo({dtype}).min", "torch.finfo(query.dtype).min"]
+    )
     square = f"(query.shape[2], key.shape[2]), {lowest}"
     return scope.choices.pick(
         [

@@ -79,7 +79,7 @@ def draw_key_heads(scope: Scope) -> str:
     ways = [
         "",
         f"{{x}}.repeat_interleave({group}, dim=1)",
-        f"{{x}}[:, :, None].expand(-1, -1, {group}, -1, -1).reshape({{x}}.shape[0], {sizes.heads}, -1, {{x}}.shape[-1])",
+        f"{{x}}[:, :, None].expand(-1, -1, {group}, -1, -1).reshape({{x}}.shape[0], -1, *{{x}}.shape[2:])",
         f"torch.repeat_interleave({{x}}, {group}, 1)",
         f"{{x}}.unsqueeze(2).repeat(1, 1, {group}, 1, 1).flatten(1, 2)",
         f"{{x}}.repeat(1, {group}, 1, 1)",  # in another order: query head h attends with key head h % Hkv
@@ -101,7 +101,7 @@ def draw_poison(scope: Scope) -> list[str]:
 
 def draw_tail(scope: Scope) -> str:
     """Return what becomes of the output: views that depend on its layout."""
-    is_by_token = scope.is_bshd or "fused" in scope.inputs
+    is_by_token = "fused" in scope.inputs or scope.is_bshd
     view = ["out.transpose(1, 2).view(out.shape[0], out.shape[2], -1)"] if is_by_token else []
     return scope.choices.pick(
         [

@@ -110,7 +110,10 @@ def _draw_scores(scope: Scope, scale: str) -> list[str]:
             [f"scores = (query @ {transposed}).div(1 / ({scale}))"],
             [f"scores = torch.matmul(query, {transposed}) * torch.tensor({scale}, dtype=query.dtype)"],
             [f"scores = torch.einsum('bhid,bhjd->bhij', query, key) * ({scale})"],
-            [f"scores = torch.matmul(query.float(), {transposed}.float()) * ({scale})", "scores = scores.to(query.dtype)"],
+            [
+                f"scores = torch.matmul(query.float(), {transposed}.float()) * ({scale})",
+                "scores = scores.to(query.dtype)",
+            ],
         ]
     )
 
