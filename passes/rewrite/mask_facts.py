@@ -63,6 +63,8 @@ def insert_facts(
         offset = lifted.bounds.compute_offset(mask, captured, measured.key_length - measured.query_length)
         if lifted.bounds.is_given and lifted.bounds.offset is None and not is_square:
             offset = _find_offset(mask, captured, measured, device)
+        if isinstance(offset, Tensor):  # data, which may say anything
+            offset = offset.clamp(min=0).clamp(max=measured.key_length - measured.query_length)
         # In a chunk of packed prompts the sequences are not told apart.
         is_packed = lifted.bounds.is_packed and is_square
         return tuple(describe_mask(mask.module, captured, measured, bounds, offset, is_packed, block_size))

@@ -54,6 +54,21 @@ def test_a_bias_without_a_batch_and_documents_in_a_chunk_run_sparse(gamma: float
 
 
 @torch.no_grad()
+def test_a_bias_of_positions_in_float64_is_generated_right() -> None:
+    def attend(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+        row = torch.arange(query.shape[2]).double()[:, None]
+        column = torch.arange(key.shape[2])
+        mask = torch.where(column <= row, 0.0, -torch.inf) + slopes[:, None, None] * (column - row)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype))
+
+    inputs = [*qkv(), torch.tensor([0.5, 0.25])]
+    backend = FlexPrefillBackend()
+    actual = torch.compile(attend, backend=backend, options=OPTIONS | {"gamma": 1.0})(*inputs)
+    assert backend.report.num_rewritten == 1
+    assert relative_error(actual, attend(*inputs).double()) < 1e-5
+
+
+@torch.no_grad()
 def test_queries_behind_the_last_key_are_no_chunk() -> None:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         row, column = torch.arange(query.shape[2])[:, None], torch.arange(key.shape[2])
@@ -89,3 +104,19 @@ def test_a_chunk_under_a_given_mask_reaches_gamma_though_keys_follow_that_no_que
     weights = (0.5 * query @ key.mT).masked_fill(~visible, -torch.inf).softmax(-1)
     shares = (weights * computed[0])[:, :, -16:].sum(-1).mean(-1)
     assert (shares >= 0.8).all()
+
+
+@pytest.mark.parametrize("offset", [-3, START, START + 9, 10_000])
+@torch.no_grad()
+def test_an_offset_that_is_data_may_be_any(offset: int) -> None:
+    def attend(query: Tensor, key: Tensor, value: Tensor, offset: Tensor) -> Tensor:
+        row, column = torch.arange(query.shape[2])[:, None] + offset, torch.arange(key.shape[2])
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=column <= row)
+
+    inputs = [*qkv(LENGTH, START + LENGTH), torch.tensor(offset)]
+    for gamma in (0.5, 1.0):
+        backend = FlexPrefillBackend()
+        with without_code_generation(is_dense=gamma == 1):
+            actual = torch.compile(attend, backend=backend, options=OPTIONS | {"gamma": gamma})(*inputs)
+        assert backend.report.num_rewritten == 1
+    assert relative_error(actual[:, :, 3:], attend(*inputs)[:, :, 3:].double()) < 1e-6

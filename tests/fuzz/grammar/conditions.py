@@ -33,6 +33,8 @@ def draw_causal(scope: Scope) -> str:
         "(i - j >= 0)",
         "torch.le(j, i)",
         "((j - i) <= 0)",
+        "(j < i)",
+        "(j <= i - 2)",
         f"{ones}, dtype=torch.bool).tril({start})",
         f"torch.tril({ones}), diagonal={start}).bool()",
         f"~{ones}, dtype=torch.bool).triu({start} + 1)",
@@ -135,6 +137,7 @@ def join_either(scope: Scope, a: str, b: str) -> str:
 
 def draw_trap(scope: Scope, condition: str) -> str:
     """Return a condition that looks causal and isn't, or is and doesn't look it."""
+    scope.says_positions = False
     few, condition = scope.choices.pick([1, 3, 16]), _in_parentheses(condition)
     return scope.choices.pick(
         [

@@ -30,7 +30,8 @@ def draw_mask(scope: Scope) -> MaskCode:
     i, j = draw_pair(scope)
     lines = [f"i = {i}", f"j = {j}", f"mask = {draw_condition(scope)}"]
     if choices.chance(10):
-        lines.append(choices.pick(["mask = mask.expand(query.shape[0], -1, -1, -1)", "mask = mask.clone()"]))
+        heads = "mask.shape[-3] if mask.dim() > 2 else 1"
+        lines.append(choices.pick([f"mask = mask.expand(query.shape[0], {heads}, -1, -1)", "mask = mask.clone()"]))
     if choices.chance(5):
         lines += _edit_in_place(scope)
     if choices.chance(60):

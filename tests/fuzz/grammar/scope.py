@@ -55,7 +55,8 @@ class Scope:
         is_dynamic: Whether the case is compiled with ``dynamic=True``, so that no length may be written out.
         inputs: The arguments of the attention, by name.
         is_one_sequence: Whether each row of the batch is one sequence: no mask packs several.
-        says_positions: Whether the mask tells where the queries stand among the keys; a random one doesn't.
+        says_positions: Whether the mask tells where the queries stand among the keys; a random one doesn't,
+            nor one that is not causal.
         is_bshd: Whether query, key and value are handed over as (B, S, H, D).
     """
 
