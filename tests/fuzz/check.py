@@ -147,8 +147,9 @@ class Check:
             raise
 
     def _check_compilable(self, inputs: dict[str, Any]) -> None:
-        """Raise if it is torch.compile that fails, whatever the backend."""
-        compiled = torch.compile(self.names["model"], backend="eager", dynamic=self.case.is_dynamic)
+        """Raise if torch.compile fails without this backend too."""
+        backend = "inductor" if self.has_code else "eager"
+        compiled = torch.compile(self.names["model"], backend=backend, dynamic=self.case.is_dynamic)
         try:
             compiled(**inputs)
         except Exception as error:
