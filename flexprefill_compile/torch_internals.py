@@ -1,6 +1,6 @@
 """Every private name of torch that this project uses, in one place.
 
-Checked on torch 2.11 to 2.14. What a new torch release moves or renames is repaired here.
+Checked on torch 2.11 to 2.15. What a new torch release moves or renames is repaired here.
 """
 
 from __future__ import annotations

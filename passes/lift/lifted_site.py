@@ -94,7 +94,15 @@ def lift_site(site: AttentionSite, config: SparsePrefillConfig, known: LiftedMas
     bounds = find_bounds(parts.mask)
     if not bounds.is_causal and not bounds.is_given:
         return SkipReason.NOT_CAUSAL, "its mask lets queries see later keys"
+    if bounds.offset is not None and bounds.offset.is_Integer and _ends_behind_keys(site, int(bounds.offset)):
+        return SkipReason.NOT_CAUSAL, f"its mask lets queries see {bounds.offset} later keys"
     return LiftedSite(site, parts, bounds, traced)
+
+
+def _ends_behind_keys(site: AttentionSite, offset: int) -> bool:
+    """Tell whether the last query would stand behind the last key, if ``offset`` keys came before the first query."""
+    query_length, key_length = (example_of(x).shape[2] for x in (site.query, site.key))
+    return statically_known_true(query_length + offset > key_length)
 
 
 def _take_apart_once(

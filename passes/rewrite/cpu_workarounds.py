@@ -14,7 +14,7 @@
    tile sizes are listed as well, while a mod is generated, which gives them names that no other starts with.
 6. It can't name a captured size that is computed from others, such as the difference of two lengths. A tensor holds it.
 
-2 to 5 are repaired while our graphs compile, and only then. Checked on torch 2.11 to 2.14;
+2 to 5 are repaired while our graphs compile, and only then. Torch 2.11 to 2.15 need all of them;
 ``tests/passes/rewrite/test_cpu_workarounds.py`` says when each can go.
 """
 

@@ -60,7 +60,9 @@ def _make_score_mod(parts: ScoreParts, num_captures: int) -> GraphModule:
     if parts.bias is not None:
         source = parts.bias.module.graph
         copies = dict(zip(source.find_nodes(op="placeholder"), arguments, strict=True))
-        bias = graph.graph_copy(source, copies)
+        bias: Any = graph.graph_copy(source, copies)
+        # Positions in float64 would make the scores so, which inductor's C++ template reads as float32.
+        bias = graph.call_function(torch.ops.aten._to_copy.default, (bias,), {"dtype": torch.float32})
         score = graph.call_function(torch.ops.aten.add.Tensor, (score, bias))
     graph.output(score)
     return GraphModule({}, graph)
