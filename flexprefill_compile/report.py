@@ -21,6 +21,7 @@ class SkipReason(enum.Enum):
     NOT_CAUSAL = "not causal"
     UNRECOGNISED = "attention written out in a form that is not recognised"
     FUSED = "projections and attention in one call, as nn.MultiheadAttention and nn.TransformerEncoderLayer make it"
+    KERNEL_CALLED = "an attention kernel called by its own name, not scaled_dot_product_attention"
     WEIGHTS_USED = "its attention weights or logsumexp are used, not its output alone"
     DROPOUT = "has dropout"
     GRADIENT = "under autograd; sparse prefill is inference only, use torch.no_grad()"

@@ -24,6 +24,7 @@ def _names(text: str) -> frozenset[str]:
 
 SOFTMAX = _names("softmax _softmax _safe_softmax")
 PRODUCTS = _names("matmul bmm baddbmm")
+_OTHER_PRODUCTS = _names("mm")  # of single matrices
 DROPOUT = _names("dropout")
 # Their result follows from the shapes before and after: the same elements in the same row-major order.
 VIEWS = _names("""
@@ -47,7 +48,7 @@ REARRANGEMENTS = _names("""
 _METADATA = _names("size dim shape ndim numel sym_size")
 
 _NAMES = SOFTMAX.union(
-    PRODUCTS, DROPOUT, VIEWS, CASTS, EXPANSIONS, TRANSPOSITIONS, ELEMENTWISE, REARRANGEMENTS, _METADATA
+    PRODUCTS, _OTHER_PRODUCTS, DROPOUT, VIEWS, CASTS, EXPANSIONS, TRANSPOSITIONS, ELEMENTWISE, REARRANGEMENTS, _METADATA
 )
 _FUNCTIONS: dict[Any, str] = {
     function: name

@@ -25,6 +25,7 @@ from .logits import (
     LogitsTrace,
     feeds_product,
     holds_product,
+    is_attention_of_matrices,
     undo_row_shift,
 )
 from .operands import is_edited, merges_heads, share_key_heads, undo_upcast
@@ -49,7 +50,9 @@ def match_eager(softmax: Node, config: SparsePrefillConfig) -> AttentionSite | S
     if logits is None or not isinstance(example_of(logits), Tensor):
         return None
     if not (feeds_product(softmax) and holds_product([logits])):
-        return None
+        if not is_attention_of_matrices(softmax, logits):
+            return None
+        return Skipped(name_of(softmax), describe_shapes(None, None), SkipReason.UNRECOGNISED, "no batch and no heads")
     parts = read_parts(softmax, undo_row_shift(logits))
     if isinstance(parts, str):
         reason, detail = refuse_decode(example_of(logits)) or (SkipReason.UNRECOGNISED, parts)

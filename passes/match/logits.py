@@ -5,11 +5,12 @@ logits = tanh(matmul(query, key.mT) * scale / 50) * 50 + mask    ->  the matmul,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.fx import Node
+from torch.nn import Parameter
 
 from ..graph.nodes import argument, example_of, first_input
 from ..graph.operations import (
@@ -99,6 +100,32 @@ def undo_row_shift(logits: Node) -> Node:
 def is_product(node: Node) -> bool:
     """Tell whether a node multiplies two batches of matrices, not a batch by one matrix of weights."""
     return operation(node) in PRODUCTS and all(map(_is_batch_of_matrices, product_operands(node)))
+
+
+def is_attention_of_matrices(softmax: Node, logits: Node) -> bool:
+    """Tell whether a softmax is between two products of single matrices, none of them a parameter: one head alone."""
+    return any(map(_multiplies_matrices, _loosely(logits, lambda node: node.all_input_nodes))) and any(
+        map(_multiplies_matrices, _loosely(softmax, lambda node: list(node.users)))
+    )
+
+
+def _loosely(start: Node, neighbours: Callable[[Node], list[Node]]) -> Iterator[Node]:
+    """Yield a node and what is loosely connected to it; beyond a product nothing is."""
+    pending, seen = [start], {start}
+    while pending:
+        node = pending.pop()
+        yield node
+        if node is start or operation(node) in _LOOSE_STEPS:
+            new = [neighbour for neighbour in neighbours(node) if neighbour not in seen]
+            seen.update(new)
+            pending.extend(new)
+
+
+def _multiplies_matrices(node: Node) -> bool:
+    if operation(node) not in {"matmul", "mm"}:
+        return False
+    examples = [example_of(operand) for operand in product_operands(node)]
+    return all(isinstance(x, Tensor) and x.dim() == 2 and not isinstance(x, Parameter) for x in examples)
 
 
 def holds_product(nodes: Iterable[Node]) -> bool:

@@ -72,6 +72,11 @@ def edited_mask() -> Tensor:
             marks=pytest.mark.skipif(TorchVersion(torch.__version__) >= "2.15", reason="an error of 2.15's own"),
         ),
         (SkipReason.NOT_CAUSAL, F.scaled_dot_product_attention, qkv()),
+        (
+            SkipReason.KERNEL_CALLED,
+            lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0],
+            qkv(),
+        ),
         (SkipReason.DROPOUT, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.1, True), qkv()),
         (SkipReason.GRADIENT, causal, qkv(requires_grad=True)),
         (SkipReason.DECODE, causal, [torch.randn(2, 4, 1, 16), *qkv()[1:]]),
@@ -196,3 +201,32 @@ def test_lengths_that_are_known_add_no_guard() -> None:
     torch._check(length >= 32)
     assert refuse_lengths(length, length, CONFIG, is_causal=True) is None
     assert not shape_env.guards
+
+
+def test_one_head_written_out_on_matrices_has_a_line() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.mm(q[0, 0], k[0, 0].T) / 4
+        return scores.masked_fill(~MASK, -torch.inf).softmax(-1) @ v[0, 0]
+
+    (site,) = find_sites(attend, *qkv())
+    assert (site.reason, site.detail) == (SkipReason.UNRECOGNISED, "no batch and no heads")
+
+
+def test_a_mixture_by_parameters_is_no_attention() -> None:
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.values = nn.Parameter(torch.randn(16, 4)), nn.Parameter(torch.randn(4, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.router).softmax(-1) @ self.values
+
+    assert find_sites(Mixture().requires_grad_(False), torch.randn(LENGTH, 16)) == []
+
+
+def test_a_softmax_that_minds_rows_without_keys_is_one() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.aten._safe_softmax((q @ k.mT / 4).masked_fill(~MASK, -torch.inf), -1) @ v
+
+    (site,) = find_sites(attend, *qkv())
+    assert isinstance(site, Rewritten)

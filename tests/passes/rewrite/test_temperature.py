@@ -31,8 +31,8 @@ SCALES: dict[str, tuple[Scale, Tensor]] = {
     "a divisor": (lambda scores, factor: scores / factor, torch.tensor(4.0)),
     "on the left": (lambda scores, factor: factor * scores * 0.5, torch.tensor([0.3])),
     "a square root": (lambda scores, factor: scores / factor.sqrt(), torch.tensor(16.0)),
-    "of heads": (lambda scores, factor: scores * factor.clamp(max=4).exp(), torch.randn(2, 1, 1)),
-    "of queries": (lambda scores, factor: scores * factor[:, None], torch.rand(LENGTH)),
+    "of heads": (lambda scores, factor: scores * factor.clamp(max=4).exp(), torch.tensor([[[0.5]], [[-1.0]]])),
+    "of queries": (lambda scores, factor: scores * factor[:, None], torch.linspace(0, 1, LENGTH)),
 }
 
 
