@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from flexprefill_compile.settings.config import InvalidOptionError, SparsePrefillConfig
 from flexprefill_compile.settings.policy import Policy
+from flexprefill_compile.settings.rank_groups import shard_heads
 
 # A path of integers and names: model.layers.3.self_attn, layers[3], getattr(layers, '3').
 _LAYER_NUMBER = re.compile(r"(?<!\w)\d+(?!\w)")
@@ -27,12 +28,15 @@ def config_for_layer(config: SparsePrefillConfig, layer: int, num_heads: int) ->
     Args:
         config: With its policy, which the result has no more.
         layer: Its number.
-        num_heads: Its query heads.
+        num_heads: The query heads that the attention call has. Over ranks that share a layer's heads, the settings are
+            those of the layer's heads, and the result has those of this rank's.
 
     Raises:
         InvalidOptionError: The policy is for another model, or the gammas are for another number of heads.
     """
     policy = config.policy
+    shard = shard_heads(num_heads, config.tensor_parallel, config.sequence_parallel)
+    num_heads = shard.total
     if isinstance(policy, Policy):
         policy.check_model(max(policy.model.num_layers, layer + 1), num_heads)
         own = policy.of_layer(layer)
@@ -48,7 +52,9 @@ def config_for_layer(config: SparsePrefillConfig, layer: int, num_heads: int) ->
         raise InvalidOptionError(
             f"gamma must be one number or one for each of {num_heads} query heads, got {len(config.gammas)} numbers"
         )
-    return config
+    if len(config.gammas) in (1, shard.count):
+        return config
+    return dataclasses.replace(config, gamma=config.gammas[shard.start : shard.start + shard.count])
 
 
 def check_number_of_layers(

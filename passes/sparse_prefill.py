@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from flexprefill_compile.report import Rewritten, Site, Skipped, SkipReason
 from flexprefill_compile.settings.config import DensityCeiling, SparsePrefillConfig
+from flexprefill_compile.settings.rank_groups import shard_heads
 
 from .base import GraphPass, graph_modules
 from .graph.nodes import example_of
@@ -92,8 +93,9 @@ class Layers:
         self.num_met += 1
         if isinstance(match, Skipped):
             return None
-        self.heads[layer] = int(example_of(match.query).shape[1])
-        return config_for_layer(self.config, layer, self.heads[layer])
+        num_heads = int(example_of(match.query).shape[1])
+        self.heads[layer] = shard_heads(num_heads, self.config.tensor_parallel, self.config.sequence_parallel).total
+        return config_for_layer(self.config, layer, num_heads)
 
     def check(self, graph_module: GraphModule) -> None:
         """Check a policy against all that was met."""
