@@ -124,7 +124,7 @@ def _attend(call: Node, arguments: dict[str, Any], inputs: list[Node], mask: Nod
         "enable_gqa": example_of(query).shape[1] != example_of(key).shape[1],
     }
     whole = call.graph.call_function(F.scaled_dot_product_attention, (query, key, value), keywords)
-    with torch.no_grad():
+    with torch.no_grad(), example_of(query).fake_mode:
         example = F.scaled_dot_product_attention(
             *(example_of(x) for x in inputs), **{name: example_of(x) for name, x in keywords.items()}
         )

@@ -14,7 +14,6 @@ tokens the same whatever the length: both masks are lifted, and their formulas h
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -39,28 +38,26 @@ from .positions import name_operation
 from .refusals import refuse
 
 # Their whole numbers may be sizes. In arithmetic and comparisons a number is a number.
-_TAKE_SIZES = frozenset(
-    [
-        "arange",
-        "zeros",
-        "ones",
-        "full",
-        "empty",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
-        "expand",
-        "view",
-        "reshape",
-        "repeat",
-        "broadcast_to",
-        "getitem",
-        "narrow",
-        "slice",
-        "unflatten",
-    ]
-)
+_TAKE_SIZES = [
+    "arange",
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "expand",
+    "view",
+    "reshape",
+    "repeat",
+    "broadcast_to",
+    "getitem",
+    "narrow",
+    "slice",
+    "unflatten",
+]
 
 
 class WholeMasks:
@@ -217,18 +214,18 @@ def _same_shape(a: Any, b: Any) -> bool:
 
 def _describe(lifted: LiftedSite) -> object:
     """Return what two masks have in common if they say the same of each pair of tokens."""
-    parts = dataclasses.astuple(lifted.bounds)[2:], lifted.parts.softcap
-    return *parts, *(_describe_function(function) for function in (lifted.parts.mask, lifted.parts.bias))
+    bounds, parts = lifted.bounds, lifted.parts
+    functions = (_describe_function(function) for function in (parts.mask, parts.bias))
+    return bounds.is_causal, bounds.is_packed, parts.softcap, *functions
 
 
 def _describe_function(function: ElementFunction | None) -> object:
     if function is None:
         return None
-    captures = [
-        (
-            capture.positions,
-            [str(node.target) for node in capture.node.graph.nodes if node in ancestors_of(capture.node)],
-        )
-        for capture in function.captures
-    ]
+    captures = [(capture.positions, _list_operations(capture.node)) for capture in function.captures]
     return function.module.code, captures
+
+
+def _list_operations(node: Node) -> list[str]:
+    ancestors = ancestors_of(node)
+    return [str(n.target) for n in node.graph.nodes if n in ancestors and n.op == "call_function"]

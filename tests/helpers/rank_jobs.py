@@ -31,3 +31,42 @@ def prefill_layers(group: Any, length: int, gamma: float, dynamic: bool | None) 
     actual = spread(stretch_of(x, group))
     error = (actual - stretch_of(expected, group)).abs().max().item()
     return backend.report.num_rewritten, error
+
+
+def create_llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415  (takes seconds)
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=128, num_hidden_layers=2, eos_token_id=None, **sizes)).eval()
+
+
+def prefill_llama(group: Any, kind: str, gamma: float, dynamic: bool) -> Any:
+    from transformers import DynamicCache  # noqa: PLC0415
+
+    model = create_llama()
+    length = 384
+    tokens = torch.randint(1, 128, (2 if kind == "padding" else 1, length))
+    positions = torch.arange(length).expand(tokens.shape)
+    inputs: dict[str, Any] = {"input_ids": tokens, "position_ids": positions}
+    if kind == "padding":
+        padding = torch.ones_like(tokens)
+        padding[0, :100] = 0
+        inputs["attention_mask"] = padding
+        inputs["position_ids"] = (padding.cumsum(-1) - 1).clamp(min=0)
+    if kind == "packing":
+        inputs["position_ids"] = torch.cat([torch.arange(150), torch.arange(length - 150)])[None]
+
+    def call(inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs | ({"past_key_values": DynamicCache()} if kind != "packing" else {"use_cache": False})
+
+    options = OPTIONS | {"gamma": gamma}
+    expected = torch.compile(model, backend=FlexPrefillBackend(), options=options, dynamic=dynamic)(**call(inputs))
+    torch.compiler.reset()
+    backend = FlexPrefillBackend()
+    spread = torch.compile(model, backend=backend, options=options | {"sequence_parallel": group}, dynamic=dynamic)
+    actual = spread(**call({name: stretch_of(x, group) for name, x in inputs.items()}))
+    difference = (actual.logits - stretch_of(expected.logits, group)).abs()
+    if kind == "padding":
+        difference = difference * stretch_of(inputs["attention_mask"], group)[..., None]
+    return backend.report.num_rewritten, str(backend.report), difference.max().item()
