@@ -16,15 +16,15 @@ from .checks import (
     check_tau,
     is_integer,
     is_number,
-    settle_gamma,
+    resolve_gamma,
 )
-from .policy import Policy, settle_policy
-from .rank_groups import RankGroup, settle_rank_group
+from .policy import Policy, resolve_policy
+from .rank_groups import RankGroup, resolve_rank_group
 from .registry import Estimator, check_estimator, is_dense_estimator, name_estimator
 
 __all__ = ["InvalidOptionError", "SparsePrefillConfig", "split_options"]
 
-ON_SKIP = ("keep", "raise")
+_ON_SKIP = ("keep", "raise")
 KERNEL_BACKENDS = ("auto", "triton", "flash")
 # The fields that say which blocks to select, gamma first, with their types in the schemas of the ops that select.
 SELECTION = {
@@ -51,11 +51,12 @@ class SparsePrefillConfig:
         max_budget: Tokens that every query row computes at most, beside the first key block and the diagonal;
             None is no limit. It also caps gamma = 1 and ``dense_last``.
         block_size: Tokens to a side of a block: a power of two from 16 to 512.
-        min_length: Prompts of fewer tokens keep dense attention. None is where sparse prefill starts to pay on the
-            device, see ``crossing``.
+        min_length: Prompts of fewer tokens keep dense attention. None is the break-even length of the
+            device, see ``device_defaults``.
         max_density: Share of the causal blocks above which a call runs dense after all, in (0, 1], decided at run
             time by reading one number from the device; 1 is never. None is what was measured for the device, see
-            ``crossing``. Given, it holds at every length, and ``min_length``, if None, is where reading costs nothing.
+            ``device_defaults``. Given, it holds at every length, and ``min_length``, if None, is where reading costs
+            nothing.
             Plain causal attention only, and not under CUDA graphs, which can't decide.
         max_mask_elements: Attention under a mask tensor that the model is given, of more elements than this, stays
             dense. Masks that the model computes from positions and lengths are never read and have no limit.
@@ -104,7 +105,7 @@ class SparsePrefillConfig:
     tensor_parallel: RankGroup | Any = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gamma", settle_gamma(self.gamma))
+        object.__setattr__(self, "gamma", resolve_gamma(self.gamma))
         check_tau(self.tau)
         check("min_budget", self.min_budget, "a number of tokens, at least 0", is_integer(self.min_budget, 0))
         check_budgets(self.min_budget, self.max_budget)
@@ -140,7 +141,7 @@ class SparsePrefillConfig:
         are_layers = isinstance(self.dense_layers, Collection) and all(is_integer(n, 0) for n in self.dense_layers)
         check("dense_layers", self.dense_layers, "numbers of layers, each at least 0", are_layers)
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        object.__setattr__(self, "policy", settle_policy(self.policy))
+        object.__setattr__(self, "policy", resolve_policy(self.policy))
         check(
             "kernel_backend",
             self.kernel_backend,
@@ -153,9 +154,9 @@ class SparsePrefillConfig:
         )
         check("kernel_options", self.kernel_options, "a mapping of FlexAttention's kernel options", are_names)
         object.__setattr__(self, "kernel_options", tuple(sorted(items)))
-        check("on_skip", self.on_skip, f"one of {', '.join(ON_SKIP)}", self.on_skip in ON_SKIP)
+        check("on_skip", self.on_skip, f"one of {', '.join(_ON_SKIP)}", self.on_skip in _ON_SKIP)
         for name in ("sequence_parallel", "tensor_parallel"):
-            object.__setattr__(self, name, settle_rank_group(name, getattr(self, name)))
+            object.__setattr__(self, name, resolve_rank_group(name, getattr(self, name)))
 
     def as_options(self) -> dict[str, Any]:
         """Return the config as the ``options`` of ``torch.compile``."""

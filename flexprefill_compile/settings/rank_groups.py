@@ -42,7 +42,7 @@ class HeadShard:
     total: int
 
 
-def settle_rank_group(name: str, value: Any) -> RankGroup | None:
+def resolve_rank_group(name: str, value: Any) -> RankGroup | None:
     """Return the group that an option stands for.
 
     Args:

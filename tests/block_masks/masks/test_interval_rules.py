@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.mask_graphs import assert_sound, classify, classify_by_pairs, materialise
+from helpers.lifting.mask_graphs import assert_sound, classify, classify_by_pairs, materialise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

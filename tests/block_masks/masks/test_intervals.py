@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers.mask_graphs import Mask, assert_exact, assert_sound, classify, classify_by_pairs, materialise, trace_mask
+from helpers.lifting.mask_graphs import (
+    Mask,
+    assert_exact,
+    assert_sound,
+    classify,
+    classify_by_pairs,
+    materialise,
+    trace_mask,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.graphs import rewrite_graphs
-from helpers.lifted_masks import (
+from helpers.lifting.lifted_masks import (
     CONFIG_EXACT,
     LENGTH,
     MASKS,

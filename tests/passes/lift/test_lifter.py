@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.lifted_masks import (
+from helpers.lifting.lifted_masks import (
     BATCH,
     HEADS,
     LENGTH,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from helpers.graphs import rewrite_graphs
-from helpers.lifted_masks import (
+from helpers.lifting.lifted_masks import (
     BATCH,
     CONFIG,
     CONFIG_EXACT,

@@ -8,20 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.command_line import one_sentence
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from flexprefill_compile.block_masks.layout import BlockTables, create_causal_grid, pack_causal_blocks
-from flexprefill_compile.commands.cli import main
+from flexprefill_compile.block_masks.layout import BlockTables, compute_density, create_causal_grid, pack_causal_blocks
 from flexprefill_compile.errors import UsageError
 from flexprefill_compile.quality.calibration.calibrate import Calibration, calibrate
-from flexprefill_compile.quality.calibration.measure import TextMeasurer, measure_density, sum_loss
-from flexprefill_compile.quality.prefill import Prompt, prefill_dense, prefill_sparse
+from flexprefill_compile.quality.calibration.text_measurer import TextMeasurer
+from flexprefill_compile.quality.model_prefill import Prompt, prefill_dense, prefill_sparse
+from flexprefill_compile.quality.predictions import sum_loss
 from flexprefill_compile.quality.swapped_attention import attend_selected, swapped_attention
 from flexprefill_compile.settings.config import SparsePrefillConfig
-from flexprefill_compile.settings.policy import LayerPolicy, ModelShape, Policy
+from flexprefill_compile.settings.policy import LayerPolicy, ModelShape
 
 BOUND = 0.01
 CONFIG = SparsePrefillConfig(block_size=32, estimator="flexprefill")
@@ -169,7 +168,7 @@ def test_selected_blocks_are_attended_exactly(length: int) -> None:
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(attend_selected(query, key, value, tables, 0.3, 16), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
-        measure_density(tables), grid.sum((-2, -1)) / (num_blocks * (num_blocks + 1) / 2), atol=1e-6, rtol=1e-6
+        compute_density(tables), grid.sum((-2, -1)) / (num_blocks * (num_blocks + 1) / 2), atol=1e-6, rtol=1e-6
     )
 
 
@@ -188,55 +187,3 @@ def test_what_can_not_be_calibrated_is_refused(model: LlamaForCausalLM, text: Te
     with pytest.raises(UsageError, match="no attention of LlamaForCausalLM is a plain causal prefill"):
         run(model, text)
     model.set_attn_implementation("sdpa")
-
-
-TEXT = "Everyone is permitted to copy and distribute verbatim copies of this license document.\n" * 4
-
-
-def test_the_command_writes_a_policy_and_resumes(
-    model_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "text.txt").write_text(TEXT)
-    output = tmp_path / "policy.json"
-    arguments = ["calibrate", "--output", str(output), "--model", str(model_folder), "--block-size", "32"]
-    arguments += ["--text", str(tmp_path / "text.txt"), "--tokens", "300", "--bound", "0.01", "--max-runs", "1"]
-    assert main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert "text.txt: 300 tokens" in printed
-    assert "run 1: perplexity x" in printed
-    assert "(bound x1.01) at density" in printed
-    policy = Policy.load(output)
-    assert policy.model.num_layers == 2
-    assert main(arguments) == 0
-    assert "run 1 (kept): perplexity x" in capsys.readouterr().out
-    assert Policy.load(output) == policy
-
-
-def test_a_mistake_gives_one_sentence(
-    model_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    text, output = tmp_path / "text.txt", tmp_path / "policy.json"
-    text.write_text(TEXT)
-    arguments = ["calibrate", "--output", str(output), "--model", str(model_folder), "--text", str(text)]
-
-    def sentence(*more: str) -> str:
-        assert main([*arguments, *more]) == 2
-        return one_sentence(capsys)
-
-    assert sentence("--bound", "2") == "the bound must be in (0, 1), got 2.0"
-    assert sentence("--tokens", "255") == "text.txt must be of two blocks at least, 256 tokens, got 255"
-    assert sentence("--estimator", "oracle").startswith("estimator must be one of ")
-    assert (
-        sentence("--output", str(tmp_path / "none" / "policy.json")) == f"no folder {tmp_path / 'none'} for the policy"
-    )
-    Policy(ModelShape(architecture="GPT2LMHeadModel", num_layers=2, num_heads=4), {0: LayerPolicy()}).save(output)
-    assert sentence() == (
-        f"{output} is a policy for another model, GPT2LMHeadModel with 4 heads: choose another --output"
-    )
-    output.write_text("{}")
-    assert sentence().startswith(f"{output} holds no policy: ")
-    assert sentence("--model", str(tmp_path)).startswith("transformers finds no causal language model in ")

@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from flexprefill_compile.block_masks.layout import BlockTables
+from flexprefill_compile.block_masks.layout import BlockTables, compute_density
 
 from ...errors import UsageError
 from ...settings.config import SparsePrefillConfig
-from ..prefill import Prompt, prefill_dense
+from ..model_prefill import Prompt, prefill_dense
+from ..predictions import sum_loss
 from ..swapped_attention import Attend, attend_selected, swapped_attention
 
-LOSS_CHUNK_TOKENS = 1024
 # Takes query, key, value, the scale and the layer's config.
 Select = Callable[[Tensor, Tensor, Tensor, float, SparsePrefillConfig], BlockTables]
 # By layer; a layer that is missing keeps dense attention.
@@ -87,7 +86,7 @@ class TextMeasurer:
             if layer not in configs:
                 return None
             tables = self.select(query, key, value, scale, configs[layer])
-            densities[layer].append(measure_density(tables))
+            densities[layer].append(compute_density(tables))
             return attend_selected(query, key, value, tables, scale, configs[layer].block_size)
 
         increase = self._mean_loss(attend) - self.dense.loss
@@ -103,23 +102,3 @@ class TextMeasurer:
             (heads if heads is not None else {}).update(found)
             total += sum_loss(logits[0], text[0])
         return total / sum(text.shape[1] - 1 for text in self.texts)
-
-
-def measure_density(tables: BlockTables) -> Tensor:
-    """Return the share of the causal blocks that each head computes, (B, H)."""
-    num_blocks = tables.kv_num_blocks.shape[-1]
-    computed = (tables.kv_num_blocks + tables.full_kv_num_blocks).sum(-1)
-    return computed / (num_blocks * (num_blocks + 1) / 2)
-
-
-def sum_loss(logits: Tensor, tokens: Tensor) -> float:
-    """Sum the negative log-likelihood of each token given those before it, nats; waits for the device.
-
-    Args:
-        logits: (S, vocabulary).
-        tokens: (S,) int64.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for chunk, targets in zip(logits[:-1].split(LOSS_CHUNK_TOKENS), tokens[1:].split(LOSS_CHUNK_TOKENS), strict=True):
-        total += F.cross_entropy(chunk.float(), targets, reduction="none").double().sum()
-    return total.item()

@@ -1,25 +1,22 @@
-"""``flexprefill evaluate``: its scores against brute force, dense against sparse, and the command."""
+"""Evaluation of the tasks: scores against brute force, dense against sparse."""
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_model import create_byte_tokenizer, create_tiny_llama, save_tiny_model
+from helpers.tiny_model import create_byte_tokenizer, create_tiny_llama
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from flexprefill_compile import SparsePrefillConfig
-from flexprefill_compile.commands.cli import main
-from flexprefill_compile.commands.evaluate import check_lengths, check_model, evaluate
 from flexprefill_compile.errors import UsageError
 from flexprefill_compile.tasks.comparison import Comparison
 from flexprefill_compile.tasks.encoder import Encoder
+from flexprefill_compile.tasks.evaluation import check_lengths, check_model, evaluate
 from flexprefill_compile.tasks.sample import Sample
 from flexprefill_compile.tasks.scoring import Score, score_sample
 from flexprefill_compile.tasks.summary import summarise
@@ -131,50 +128,6 @@ def test_the_summary_says_where_sparse_loses() -> None:
     row = r"needle +2048 +flexprefill +-1\.000 +-2\.033 +-1\.033 +-1\.\d+ to -0\.\d+ +100% +100% +50% +worse"
     assert re.fullmatch(row, lines[2])
     assert lines[-1] == "flexprefill: worse than dense on 1 of 2: needle at 2048; 50% of blocks computed"
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-def test_the_command_prints_dense_beside_sparse(
-    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "figures.json"
-    arguments = ["--model", str(model_folder), "--lengths", "1200", "--samples", "3", "--tasks", "needle", "code"]
-    settings = ["--gamma", "0.5", "--min-budget", "0", "--json", str(file)]
-    assert main(["evaluate", *arguments, *settings]) == 0
-    output = capsys.readouterr().out
-    for task in ("needle", "code"):
-        assert re.search(rf"^{task} +1200 +flexprefill( +-\d\.\d+){{2}} +[+-]\d\.\d+ .*%", output, re.MULTILINE)
-    assert re.search(r"^flexprefill: worse than dense on \d of 2", output, re.MULTILINE)
-    figures = json.loads(file.read_text())
-    assert figures["settings"]["configs"]["flexprefill"]["gamma"] == 0.5
-    for comparison in figures["comparisons"]:
-        assert len(comparison["dense"]) == len(comparison["sparse"]) == 3
-        assert 0 < comparison["density"] < 1
-        assert comparison["interval"][0] <= comparison["difference"] <= comparison["interval"][1]
-    assert figures["comparisons"][0]["depths"] == [0, 0.5, 1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tasks", "chess"], r"task must be one of needle, .*, got 'chess'"),
-        (["--lengths", "300"], r"length must be at least 384 tokens, two blocks of 128 and 128 .*, got 300"),
-        (["--lengths", "4096"], r"length must be at most the 2048 tokens that the model takes, got 4096"),
-        (["--tasks", "copy", "--lengths", "390"], r"length must be at least \d+ tokens for the task copy, got 390"),
-        (["--estimators", "crystal_ball"], r"estimator must be one of .*, got 'crystal_ball'"),
-        (["--gamma", "2"], r"gamma must be in \(0, 1\], got 2.0"),
-    ],
-)
-def test_a_mistake_gives_one_sentence(
-    arguments: list[str], message: str, model_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["evaluate", "--model", str(model_folder), "--lengths", "1200", *arguments]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flexprefill: ")]
-    assert re.fullmatch(f"flexprefill: error: {message}", line)
 
 
 def test_models_that_are_no_causal_language_models_give_one_sentence() -> None:

@@ -1,4 +1,4 @@
-"""A Llama-shaped decoder with random weights: as much of a language model as its prefill takes time for."""
+"""A Llama-shaped decoder with random weights: what a language model computes in its prefill, and no more."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .inputs.inputs import rotate
-from .inputs.workloads import attend
+from .inputs.rotary import rotate
+from .timing.dense_attention import attend
 
 Cache = list[tuple[Tensor, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelShape:
+class DecoderShape:
     """The sizes of a decoder; those of Llama-3.1-8B by default."""
 
     layers: int = 32
@@ -35,7 +35,7 @@ class ModelShape:
 class Layer(nn.Module):
     """Attention with rotary positions and shared key heads, then a gated feed-forward net, each behind a norm."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
         self.shape = shape
         self.attention_norm, self.forward_norm = nn.RMSNorm(shape.hidden), nn.RMSNorm(shape.hidden)
@@ -59,7 +59,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, and the logits of the last token."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
         self.embedding = nn.Embedding(shape.vocabulary, shape.hidden)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
         return self.head(self.norm(x[:, -1])).argmax(-1), cache
 
 
-def create_decoder(shape: ModelShape, device: str, dtype: torch.dtype) -> Decoder:
+def create_decoder(shape: DecoderShape, device: str, dtype: torch.dtype) -> Decoder:
     """Make a decoder with normal random weights of standard deviation 0.02."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -15,16 +15,17 @@ from flexprefill_compile.block_masks.prefill import create_block_mask
 
 from ..backend import FlexPrefillBackend
 from ..settings.config import SparsePrefillConfig
-from .inputs.workloads import attend, bind_dense, time_dense_ms, time_in_turns_ms, time_ms
 from .peers import Peer
-from .quality import measure_disagreement, measure_error, measure_recall
-from .rates import ATTENTION, compute_floors
-from .stages import capture, measure_peak_mib, time_stages
+from .selection_quality import measure_disagreement, measure_error, measure_recall
+from .timing.clocks import time_in_turns_ms, time_ms
+from .timing.dense_attention import attend, bind_dense, time_dense_ms
+from .timing.rates import ATTENTION, compute_floors
+from .timing.stages import capture, measure_peak_mib, time_stages
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 
-def measure(
+def measure_layer(
     inputs: Inputs, config: SparsePrefillConfig, rates: dict[str, float], calls: int, peers: Mapping[str, Peer]
 ) -> dict[str, Any]:
     """Measure one layer; times in milliseconds.

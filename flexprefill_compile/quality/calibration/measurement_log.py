@@ -18,7 +18,7 @@ from ...errors import UsageError
 from .ladder import Measurement
 
 
-class RunLog:
+class MeasurementLog:
     """The measurements of a file, and those to come.
 
     Attributes:
@@ -38,7 +38,7 @@ class RunLog:
             try:
                 text = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise UsageError(f"can't read the runs in {path}: {error}") from None
+                raise UsageError(f"can't read the measurements in {path}: {error}") from None
             for line in text.splitlines():
                 self._read(line)
         self.num_known = len(self._known)
@@ -67,7 +67,7 @@ class RunLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(("" if ends_line else "\n") + json.dumps(entry) + "\n")
         except OSError as error:
-            raise UsageError(f"can't write the runs to {self.path}: {error.strerror}") from None
+            raise UsageError(f"can't write the measurements to {self.path}: {error.strerror}") from None
 
     def _read(self, line: str) -> None:
         try:
@@ -90,6 +90,11 @@ def describe_inputs(model: nn.Module, texts: list[Tensor]) -> list[Any]:
 
 
 def describe_code() -> str:
-    """Return what tells two versions of the code that chooses blocks apart."""
-    files = sorted(Path(str(block_masks.__file__)).parent.rglob("*.py"))
-    return hash_of([file.read_text(encoding="utf-8") for file in files])
+    """Return what tells two versions of the code that chooses blocks apart: all of ``block_masks``."""
+    return hash_code(Path(str(block_masks.__file__)).parent)
+
+
+def hash_code(folder: Path) -> str:
+    """Return a short name for the Python files of a folder and its subfolders, wherever the folder lies."""
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*.py")}
+    return hash_of({name: file.read_text(encoding="utf-8") for name, file in files.items()})
