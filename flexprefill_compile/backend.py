@@ -21,7 +21,7 @@ from flexprefill_compile.passes.parallel.sequence_parallel import SequenceParall
 from flexprefill_compile.passes.rewrite.cpu_workarounds import repaired_cpu_template
 from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass, find_signatures
 
-from .rank_agreement import agree_first
+from .parallel.agreement import agree_first
 from .report import RewriteReport, Site, check_skips
 from .settings.config import DensityCeiling, InvalidOptionError, SparsePrefillConfig, split_options
 from .settings.device_defaults import resolve_ceiling, resolve_min_length

@@ -58,6 +58,7 @@ __all__ = [
     "maybe_mark_dynamic",
     "share_storage",
     "statically_known_true",
+    "sum_over_ranks",
     "uncompiled_call",
     "without_recompile_limit",
     "written_arguments",
@@ -122,6 +123,12 @@ def _storage_of(tensor: Tensor) -> int:
 def find_process_group(name: str) -> Any:
     """Return the process group of a name, as functional collectives find it."""
     return import_module("torch.distributed.distributed_c10d")._resolve_process_group(name)
+
+
+def sum_over_ranks(x: Tensor, group_name: str) -> Tensor:
+    """Return the sum of a tensor over the ranks of a group, by a functional collective that compiles."""
+    ops = torch.ops._c10d_functional
+    return cast("Tensor", ops.wait_tensor(ops.all_reduce(x, "sum", group_name)))
 
 
 def is_parameter(node: Node) -> bool:

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import SymInt, Tensor
 
-from .settings.config import SparsePrefillConfig
-from .settings.rank_groups import RankGroup
-from .torch_internals import find_process_group
+from ..settings.config import SparsePrefillConfig
+from ..settings.rank_groups import RankGroup
+from ..torch_internals import find_process_group
 
 
 class RanksDisagreeError(RuntimeError):
