@@ -54,7 +54,7 @@ def config_for_layer(config: SparsePrefillConfig, layer: int, num_heads: int) ->
         )
     if len(config.gammas) in (1, shard.count):
         return config
-    return dataclasses.replace(config, gamma=config.gammas[shard.start : shard.start + shard.count])
+    return dataclasses.replace(config, gamma=tuple(config.gammas[shard.start : shard.start + shard.count]))
 
 
 def check_number_of_layers(

@@ -87,8 +87,10 @@ def shard_heads(count: int, tensor: RankGroup | None, sequence: RankGroup | None
 def _find_group(name: str, value: Any) -> Any:
     if isinstance(value, dist.ProcessGroup):
         return value
+    from torch.distributed.device_mesh import DeviceMesh  # noqa: PLC0415  (not on every platform)
+
     mesh, dimension = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
-    check(name, value, _EXPECTED, isinstance(mesh, dist.DeviceMesh))
+    check(name, value, _EXPECTED, isinstance(mesh, DeviceMesh))
     if dimension is None:
         check(name, value, _EXPECTED, mesh.ndim == 1)
         return mesh.get_group()

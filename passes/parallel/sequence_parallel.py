@@ -82,7 +82,7 @@ class SequenceParallelPass(GraphPass):
             if own_mask is not None:
                 mask = masks.compute(own_mask, call, length)
                 stretch = _describe_site(call, arguments["query"], key.node, value.node, own_mask)
-                masks.check(own_mask, stretch, _describe_site(call, *inputs, mask))
+                masks.check(own_mask, stretch, _describe_site(call, inputs[0], inputs[1], inputs[2], mask))
             whole = _attend(call, arguments, inputs, self._own_heads(insert, mask, call))
             output = exchange_heads(insert, whole, self.group, tokens_first=not example_of(call).is_contiguous())
         call.replace_all_uses_with(output)

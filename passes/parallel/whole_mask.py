@@ -168,11 +168,15 @@ class _Widening:
         values, named = map_arg((arguments, keywords), example_of)
         try:
             with torch.no_grad(), example_of(self.call).fake_mode:
-                function = getattr(values[0], node.target) if node.op == "call_method" else node.target
-                copied.meta["example_value"] = function(*(values[1:] if node.op == "call_method" else values), **named)
+                if node.op == "call_method":
+                    example = getattr(values[0], str(node.target))(*values[1:], **named)
+                else:
+                    function: Any = node.target
+                    example = function(*values, **named)
         except Exception as error:
             message = str(error).partition("\n")[0][:200]
             raise refuse(self.call, f"its mask can't be computed for the whole prompt: {message}") from None
+        copied.meta["example_value"] = example
         return copied
 
     def _scale(self, size: Any) -> Any:

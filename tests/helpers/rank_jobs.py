@@ -9,17 +9,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flexprefill_compile.backend import FlexPrefillBackend
+from flexprefill_compile.parallel import take_stretch
 
 from .models import TwoLayers
 
 OPTIONS: dict[str, Any] = {"block_size": 32, "min_budget": 0, "min_length": 64}
 
 
-def stretch_of(x: Tensor, group: Any, dim: int = 1) -> Tensor:
-    return x.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]
+def stretch_of(x: Tensor) -> Tensor:
+    return take_stretch(x, dist.group.WORLD)
 
 
-def prefill_layers(group: Any, length: int, gamma: float, dynamic: bool | None) -> tuple[int, float]:
+def prefill_layers(length: int, gamma: float, dynamic: bool | None) -> tuple[int, float]:
     torch.manual_seed(0)
     model = TwoLayers().eval()
     x = torch.randn(1, length, 64)
@@ -27,9 +28,9 @@ def prefill_layers(group: Any, length: int, gamma: float, dynamic: bool | None) 
     expected = torch.compile(model, backend=FlexPrefillBackend(), options=options, dynamic=dynamic)(x)
     torch.compiler.reset()
     backend = FlexPrefillBackend()
-    spread = torch.compile(model, backend=backend, options=options | {"sequence_parallel": group}, dynamic=dynamic)
-    actual = spread(stretch_of(x, group))
-    error = (actual - stretch_of(expected, group)).abs().max().item()
+    spread = torch.compile(model, backend=backend, options=options | {"sequence_parallel": dist.group.WORLD}, dynamic=dynamic)
+    actual = spread(stretch_of(x))
+    error = (actual - stretch_of(expected)).abs().max().item()
     return backend.report.num_rewritten, error
 
 
@@ -41,7 +42,7 @@ def create_llama() -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=128, num_hidden_layers=2, eos_token_id=None, **sizes)).eval()
 
 
-def prefill_llama(group: Any, kind: str, gamma: float, dynamic: bool) -> Any:
+def prefill_llama(kind: str, gamma: float, dynamic: bool) -> Any:
     from transformers import DynamicCache  # noqa: PLC0415
 
     model = create_llama()
@@ -64,9 +65,27 @@ def prefill_llama(group: Any, kind: str, gamma: float, dynamic: bool) -> Any:
     expected = torch.compile(model, backend=FlexPrefillBackend(), options=options, dynamic=dynamic)(**call(inputs))
     torch.compiler.reset()
     backend = FlexPrefillBackend()
-    spread = torch.compile(model, backend=backend, options=options | {"sequence_parallel": group}, dynamic=dynamic)
-    actual = spread(**call({name: stretch_of(x, group) for name, x in inputs.items()}))
-    difference = (actual.logits - stretch_of(expected.logits, group)).abs()
+    spread = torch.compile(model, backend=backend, options=options | {"sequence_parallel": dist.group.WORLD}, dynamic=dynamic)
+    actual = spread(**call({name: stretch_of(x) for name, x in inputs.items()}))
+    difference = (actual.logits - stretch_of(expected.logits)).abs()
     if kind == "padding":
-        difference = difference * stretch_of(inputs["attention_mask"], group)[..., None]
+        difference = difference * stretch_of(inputs["attention_mask"])[..., None]
     return backend.report.num_rewritten, str(backend.report), difference.max().item()
+
+
+def prefill_tensor_parallel(folder: str, gamma: float, kv: int) -> Any:
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers.distributed import DistributedConfig  # noqa: PLC0415
+
+    size = dist.get_world_size()
+    whole = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    sharded = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="sdpa", distributed_config=DistributedConfig(tp_size=size)
+    ).eval()
+    tokens = torch.randint(1, 128, (1, 320))
+    options = OPTIONS | {"gamma": gamma}
+    expected = torch.compile(whole, backend=FlexPrefillBackend(), options=options)(tokens).logits
+    torch.compiler.reset()
+    backend = FlexPrefillBackend()
+    actual = torch.compile(sharded, backend=backend, options=options | {"tensor_parallel": dist.group.WORLD})(tokens).logits
+    return backend.report.num_rewritten, str(backend.report), (actual - expected).abs().max().item()

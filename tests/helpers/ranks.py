@@ -1,4 +1,4 @@
-"""A pool of processes that are the ranks of one gloo group: started once, they run the functions that tests send."""
+"""A pool of processes that become the ranks of a gloo group for each function that a test sends them."""
 
 from __future__ import annotations
 
@@ -20,26 +20,30 @@ COLLECTIVE_TIMEOUT_S = 40
 
 
 class RankPool:
-    """``SIZE`` ranks; each job runs on the first few of them and must end in time."""
+    """``SIZE`` processes, started once; each job runs on the first few of them and must end in time."""
 
     def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp())
+        self._num_jobs = 0
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
     def run(self, job: Callable[..., Any], *args: Any, size: int = 2, timeout_s: float = 150) -> list[Any]:
-        """Call ``job(group, *args)`` on ``size`` ranks; return what each returned, or the exception that it raised.
+        """Call ``job(*args)`` on a world of ``size`` ranks; return what each returned, or the exception that it raised.
 
         Args:
             job: A function of a module that the ranks can import: one of ``helpers``.
-            *args: Its other arguments.
-            size: How many ranks run it; their group is the first argument.
+            *args: Its arguments.
+            size: How many ranks run it.
             timeout_s: What takes longer fails, and the pool starts anew for the next test.
         """
         if not self._processes:
             self._start()
         pipes = self._pipes[:size]
+        self._num_jobs += 1
+        store = str(self._folder / f"store_{self._num_jobs}")
         for pipe in pipes:
-            pipe.send((job, size, args))
+            pipe.send((job, size, store, args))
         results = []
         for pipe in pipes:
             if not pipe.poll(timeout_s):
@@ -57,31 +61,35 @@ class RankPool:
 
     def _start(self) -> None:
         context = torch.multiprocessing.get_context("spawn")
-        store = str(Path(tempfile.mkdtemp()) / "store")
         for rank in range(SIZE):
             own, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, store, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
             self._processes.append(process)
             self._pipes.append(own)
 
 
-def _serve(rank: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=timeout)
-    groups = {size: dist.new_group(list(range(size)), timeout=timeout) for size in range(1, SIZE + 1)}
     while True:
-        job, size, args = pipe.recv()
-        torch.compiler.reset()
-        torch.manual_seed(0)
-        try:
-            with torch.no_grad():
-                result = job(groups[size], *args)
-        except Exception as error:
-            result = error if _is_plain(error) else RuntimeError(traceback.format_exc())
-        pipe.send(result)
+        job, size, store, args = pipe.recv()
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+        pipe.send(_run(job, rank, size, store, args))
+
+
+def _run(job: Callable[..., Any], rank: int, size: int, store: str, args: tuple[Any, ...]) -> Any:
+    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    try:
+        with torch.no_grad():
+            return job(*args)
+    except Exception as error:
+        return error if _is_plain(error) else RuntimeError(traceback.format_exc())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _is_plain(error: Exception) -> bool:
