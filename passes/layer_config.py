@@ -38,6 +38,7 @@ def config_for_layer(config: SparsePrefillConfig, layer: int, num_heads: int) ->
     shard = shard_heads(num_heads, config.tensor_parallel, config.sequence_parallel)
     num_heads = shard.total
     if isinstance(policy, Policy):
+        _check_shard(policy.model.num_heads, num_heads)
         policy.check_model(max(policy.model.num_layers, layer + 1), num_heads)
         own = policy.of_layer(layer)
         if own.dense:
@@ -49,12 +50,26 @@ def config_for_layer(config: SparsePrefillConfig, layer: int, num_heads: int) ->
     if layer in config.dense_layers:
         return None
     if len(config.gammas) not in (1, num_heads):
+        _check_shard(len(config.gammas), num_heads)
         raise InvalidOptionError(
             f"gamma must be one number or one for each of {num_heads} query heads, got {len(config.gammas)} numbers"
         )
     if len(config.gammas) in (1, shard.count):
         return config
     return dataclasses.replace(config, gamma=tuple(config.gammas[shard.start : shard.start + shard.count]))
+
+
+def _check_shard(expected: int, num_heads: int) -> None:
+    """Raise if settings for a whole layer meet what may be one rank's shard of it.
+
+    Raises:
+        InvalidOptionError: They are for a multiple of the heads that are known.
+    """
+    if expected > num_heads and expected % num_heads == 0:
+        raise InvalidOptionError(
+            f"settings for {expected} query heads meet a layer of {num_heads}; if the layer is sharded over "
+            f"{expected // num_heads} ranks, give their group as tensor_parallel"
+        )
 
 
 def check_number_of_layers(

@@ -41,10 +41,9 @@ def find_local_positions(graph: Graph, lengths: Iterable[Any]) -> dict[Node, Nod
             if isinstance(example_of(node), tuple | list):
                 _inherit(node, node.all_input_nodes, found)
             continue
-        if _counts_tokens(node, lengths):
+        _inherit(node, _operands(node), found)
+        if node not in found and _counts_tokens(node, lengths):
             found[node] = node
-        else:
-            _inherit(node, _operands(node), found)
     return found
 
 
