@@ -40,6 +40,8 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
             "kernel_options": "none",
             "dense_layers": "none",
             "policy": "none",
+            "sequence_parallel": "none",
+            "tensor_parallel": "none",
             "estimator": '`"flexprefill"`',
             "on_skip": '`"keep"`',
             "kernel_backend": '`"auto"`',

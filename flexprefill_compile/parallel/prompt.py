@@ -19,6 +19,11 @@ from ..torch_internals import find_process_group
 CacheT = TypeVar("CacheT")
 
 
+def is_first_rank() -> bool:
+    """Tell whether this process prints for all: rank 0, or a process without others."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def take_stretch(x: Tensor, group: Any, dim: int = 1) -> Tensor:
     """Return this rank's stretch of an input that every rank has whole: token or position ids, a padding mask.
 

@@ -163,6 +163,10 @@ class _Widening:
         arguments, keywords = map_arg((node.args, node.kwargs), lambda n: copies[n])
         if takes_sizes:
             arguments, keywords = _map_integers(self._scale, arguments), _map_integers(self._scale, keywords)
+        elif any(self._is_length(x) for x in (*node.args, *node.kwargs.values()) if isinstance(x, int)):
+            raise refuse(
+                self.call, f"a number in its mask, {self.length}, may be the length of the stretch; use dynamic=True"
+            )
         copied = self.call.graph.create_node(node.op, node.target, arguments, keywords)
         copied.meta = {name: node.meta[name] for name in ("nn_module_stack", "stack_trace") if name in node.meta}
         values, named = map_arg((arguments, keywords), example_of)

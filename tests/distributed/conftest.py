@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from helpers.ranks import RankPool
+from helpers.distributed.pool import RankPool
 
 
 @pytest.fixture(scope="session")

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from helpers import rank_jobs
-from helpers.ranks import RankPool
+from helpers.distributed import mistakes
+from helpers.distributed.pool import RankPool
 
 
-@pytest.mark.parametrize("name", rank_jobs.WRONG)
+@pytest.mark.parametrize("name", mistakes.WRONG)
 def test_what_can_not_be_spread_is_an_error(ranks: RankPool, name: str) -> None:
-    for message in ranks.run(rank_jobs.refuse_model, name):
+    for message in ranks.run(mistakes.refuse_model, name):
         assert message.startswith("SequenceParallelError: sequence_parallel can't spread attention call"), message
         assert name in message
 
 
 def test_a_mask_of_the_stretch_alone_is_an_error(ranks: RankPool) -> None:
-    for message in ranks.run(rank_jobs.refuse_given_mask):
+    for message in ranks.run(mistakes.refuse_given_mask):
         assert "its mask is given for the stretch alone: (200, 200)" in message
 
 
@@ -31,7 +31,7 @@ def test_a_mask_of_the_stretch_alone_is_an_error(ranks: RankPool) -> None:
     ],
 )
 def test_a_group_has_to_be_one(ranks: RankPool, value: Any, text: str) -> None:
-    for message in ranks.run(rank_jobs.refuse_option, value):
+    for message in ranks.run(mistakes.refuse_option, value):
         assert message.startswith("InvalidOptionError"), message
         assert text in message
 
@@ -45,6 +45,6 @@ def test_a_group_has_to_be_one(ranks: RankPool, value: Any, text: str) -> None:
     ],
 )
 def test_ranks_that_disagree_all_say_so(ranks: RankPool, about: str, text: str) -> None:
-    for message in ranks.run(rank_jobs.disagree, about):
+    for message in ranks.run(mistakes.disagree, about):
         assert message.startswith("RanksDisagreeError"), message
         assert text in message

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from helpers import rank_jobs
-from helpers.ranks import RankPool
+from helpers.distributed import prefills
+from helpers.distributed.pool import RankPool
 
 from flexprefill_compile import InvalidOptionError, LayerPolicy, ModelShape, Policy, SparsePrefillConfig
 from flexprefill_compile.passes.layer_config import config_for_layer
@@ -16,7 +16,7 @@ MODEL = ModelShape(architecture="LlamaForCausalLM", num_layers=2, num_heads=8)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("llama")
-    rank_jobs.create_llama(kv_heads=4).save_pretrained(folder)
+    prefills.create_llama(kv_heads=4).save_pretrained(folder)
     return str(folder)
 
 
@@ -26,7 +26,7 @@ def test_a_policy_means_the_heads_and_layers_of_the_whole_model(
 ) -> None:
     policy = Policy(MODEL, {1: LayerPolicy(gamma=GAMMAS)})
     options = {"policy": policy, "gamma": 0.5, "dense_layers": dense_layers}
-    for result in ranks.run(rank_jobs.shard_transformers, folder, options, size=size):
+    for result in ranks.run(prefills.shard_transformers, folder, options, size=size):
         assert isinstance(result, dict), result
         assert result["rewritten"] == [0 not in dense_layers, True]
         assert result["error"] < 1e-5
@@ -34,7 +34,7 @@ def test_a_policy_means_the_heads_and_layers_of_the_whole_model(
 
 
 def test_tensor_and_sequence_parallel_on_a_mesh(ranks: RankPool) -> None:
-    for result in ranks.run(rank_jobs.shard_and_spread, {"gamma": GAMMAS}, size=4):
+    for result in ranks.run(prefills.shard_and_spread, {"gamma": GAMMAS}, size=4):
         assert isinstance(result, dict), result
         assert result["rewritten"] == 2
         assert result["error"] < 1e-5
