@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .backend import FlexPrefillBackend
-from .parallel import is_first_rank
+from .parallel.prompt import is_first_rank
 from .report import RewriteReport
 from .torch_internals import uncompiled_call
 
