@@ -1,12 +1,14 @@
 # Every target makes what it needs: a virtual environment from the pinned constraints.
 PYTHON ?= python3
 VENV ?= .venv
+CASES ?= 1000
+SEED ?= 0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LINKED := .typecheck/flexprefill_compile
 WHEEL_VENV := build/wheel-venv
 
-.PHONY: help install demo test coverage models lint style types format docs package link clean
+.PHONY: help install demo test coverage fuzz versions models lint style types format docs package link clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +29,12 @@ test: $(STAMP)  ## Run the tests on all cores
 
 coverage: $(STAMP)  ## Run the tests and report the lines and branches that they reach
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered
+
+fuzz: $(STAMP)  ## Run a campaign of random attention code: make fuzz CASES=10000 SEED=1 FUZZ=--codegen
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(CASES) --seed $(SEED) $(FUZZ)
+
+versions: $(STAMP)  ## Run the core tests with each torch that is supported, on one core
+	$(BIN)/python benchmarks/torch_versions.py
 
 models: $(STAMP)  ## Run every family of the model zoo and write docs/models.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/supported_models.py

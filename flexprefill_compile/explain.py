@@ -10,7 +10,8 @@ import torch
 from .backend import FlexPrefillBackend
 from .parallel.prompt import is_first_rank
 from .report import RewriteReport
-from .torch_internals import uncompiled_call
+from .settings.config import split_options
+from .torch_internals import inductor_option_names, uncompiled_call
 
 
 def explain(
@@ -34,6 +35,7 @@ def explain(
     Raises:
         InvalidOptionError: An unknown option, or a value out of range.
     """
+    split_options(options, inductor_option_names())  # dict() takes more than mappings
     backend = FlexPrefillBackend()
     torch.compile(uncompiled_call(model), backend=backend, options=dict(options or {}))(*args, **kwargs)
     if is_first_rank():

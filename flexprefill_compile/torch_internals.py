@@ -1,6 +1,6 @@
 """Every private name of torch that this project uses, in one place.
 
-Checked on torch 2.11 to 2.14. What a new torch release moves or renames is repaired here.
+Checked on torch 2.11 to 2.15. What a new torch release moves or renames is repaired here.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._dynamo import config as _dynamo_config
 from torch._dynamo import maybe_mark_dynamic
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
 from torch._guards import tracing
 from torch._higher_order_ops.flex_attention import _permute_strides
@@ -37,10 +38,12 @@ __all__ = [
     "CONTROL_FLOW",
     "FUSED_ATTENTION",
     "FakeTensor",
+    "FakeTensorMode",
     "GraphSnapshot",
     "OpOverload",
     "OpOverloadPacket",
     "PassesThroughDynamo",
+    "TransformGetItemToIndex",
     "attention_strides",
     "compile_with_inductor",
     "compiler_config",
@@ -53,6 +56,7 @@ __all__ = [
     "inductor_option_names",
     "is_flash_available",
     "is_parameter",
+    "is_size_expression",
     "list_mode_options",
     "make_fx_under",
     "maybe_mark_dynamic",
@@ -138,6 +142,11 @@ def is_parameter(node: Node) -> bool:
     name = getattr(getattr(node, "_dynamo_source", None), "name", "")
     path = str(name() if callable(name) else name)
     return "._parameters[" in path or "._buffers[" in path
+
+
+def is_size_expression(number: object) -> bool:
+    """Tell whether a number is a symbolic size that is computed from others."""
+    return isinstance(number, SymInt) and not number.node.expr.is_symbol and not number.node.expr.is_number
 
 
 def inductor_option_names() -> frozenset[str]:

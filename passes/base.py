@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import logging
 import time
+from collections import Counter
 
 from torch.fx import GraphModule
 
@@ -39,3 +40,16 @@ class GraphPass(abc.ABC):
 def graph_modules(graph_module: GraphModule) -> list[GraphModule]:
     """Return the module and its child GraphModules: branches and bodies of higher-order ops."""
     return [module for module in graph_module.modules() if isinstance(module, GraphModule)]
+
+
+def count_calls(graph_module: GraphModule) -> Counter[GraphModule]:
+    """Count how often each child GraphModule runs in one run of the module, but for loops."""
+    counts: Counter[GraphModule] = Counter()
+    waiting = [graph_module]
+    for module in waiting:  # which grows meanwhile
+        for node in module.graph.find_nodes(op="get_attr"):
+            child = getattr(module, str(node.target), None)
+            if isinstance(child, GraphModule):
+                counts[child] += len(node.users)
+                waiting.append(child)
+    return counts

@@ -14,20 +14,29 @@ from flexprefill_compile.settings.rank_groups import shard_heads
 
 # A path of integers and names: model.layers.3.self_attn, layers[3], getattr(layers, '3').
 _LAYER_NUMBER = re.compile(r"(?<!\w)\d+(?!\w)")
+# One of several modules that a function calls: models[1].layers.3 may be layer 1 or layer 3.
+_ONE_OF_SEVERAL = re.compile(r"\w+\[")
 
 
-def number_layer(name: str, ordinal: int) -> int:
-    """Return the number of an attention's layer: the first one in its name, else its place in the graph."""
-    number = _LAYER_NUMBER.search(name)
-    return int(number.group()) if number else ordinal
+def number_layer(name: str) -> int | None:
+    """Return the number of an attention's layer, the first one in its name; None if the name doesn't tell it."""
+    numbers = _LAYER_NUMBER.findall(name)
+    if not numbers or (len(numbers) > 1 and _ONE_OF_SEVERAL.match(name)):
+        return None
+    return int(numbers[0])
 
 
-def config_for_layer(config: SparsePrefillConfig, layer: int, num_heads: int) -> SparsePrefillConfig | None:
+def has_settings_by_layer(config: SparsePrefillConfig) -> bool:
+    """Tell whether layers differ in their settings."""
+    return bool(config.dense_layers) or isinstance(config.policy, Policy)
+
+
+def config_for_layer(config: SparsePrefillConfig, layer: int | None, num_heads: int) -> SparsePrefillConfig | None:
     """Return the settings of one layer, None for one that stays dense.
 
     Args:
         config: With its policy, which the result has no more.
-        layer: Its number.
+        layer: Its number; None only where all layers have the same settings.
         num_heads: The query heads that the attention call has. Over ranks that share a layer's heads, the settings are
             those of the layer's heads, and the result has those of this rank's.
 
@@ -37,7 +46,7 @@ def config_for_layer(config: SparsePrefillConfig, layer: int, num_heads: int) ->
     policy = config.policy
     shard = shard_heads(num_heads, config.tensor_parallel, config.sequence_parallel)
     num_heads = shard.total
-    if isinstance(policy, Policy):
+    if isinstance(policy, Policy) and layer is not None:
         _check_shard(policy.model.num_heads, num_heads)
         policy.check_model(max(policy.model.num_layers, layer + 1), num_heads)
         own = policy.of_layer(layer)
@@ -72,17 +81,40 @@ def _check_shard(expected: int, num_heads: int) -> None:
         )
 
 
+def check_layer_is_known(config: SparsePrefillConfig, name: str, layer: int | None, num_calls: int) -> None:
+    """Check that settings by layer reach the layer that they are meant for.
+
+    Args:
+        config: What holds.
+        name: Of the attention.
+        layer: Its number, None if its name doesn't tell it.
+        num_calls: How often its graph is called.
+
+    Raises:
+        InvalidOptionError: There are settings by layer, and the attention may be that of any layer.
+    """
+    if not has_settings_by_layer(config) or (layer is not None and num_calls == 1):
+        return
+    which = "there is no single layer number in its path" if layer is None else f"{num_calls} layers share its graph"
+    raise InvalidOptionError(
+        f"settings by layer (dense_layers, policy) can't be given to attention call {name}: {which}; "
+        "compile the whole model, not its layers one by one"
+    )
+
+
 def check_number_of_layers(
     config: SparsePrefillConfig, layers: Collection[int], num_heads: int, graph_module: GraphModule
 ) -> None:
     """Check a policy against the attention layers of a graph, where the graph is known to hold the whole model.
 
-    That is where it begins with layer 0 and did not end at a graph break, which dynamo notes.
+    That is where it begins with layer 0, not where a graph break left off, and doesn't end at one; dynamo notes both.
 
     Raises:
         InvalidOptionError: The policy is for a model with more layers.
     """
     reason = getattr(graph_module, "compile_subgraph_reason", None)
-    is_whole = reason is not None and not reason.graph_break and min(layers, default=1) == 0
-    if isinstance(config.policy, Policy) and is_whole:
+    if reason is None or reason.graph_break or min(layers, default=1) > 0:
+        return
+    is_resumed = any(frame.name.startswith("torch_dynamo_resume") for frame in reason.user_stack)
+    if isinstance(config.policy, Policy) and not is_resumed:
         config.policy.check_model(max(layers) + 1, num_heads)

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from flexprefill_compile.report import Rewritten, Site, Skipped, SkipReason
 from flexprefill_compile.settings.config import DensityCeiling, SparsePrefillConfig
 from flexprefill_compile.settings.rank_groups import shard_heads
 
-from .base import GraphPass, graph_modules
+from .base import GraphPass, count_calls, graph_modules
 from .graph.nodes import example_of
-from .layer_config import check_number_of_layers, config_for_layer, number_layer
+from .layer_config import check_layer_is_known, check_number_of_layers, config_for_layer, number_layer
 from .lift.lifted_site import LiftedMasks, LiftedSite, lift_site
 from .match.attention import match_attention
 from .match.site import AttentionSite
@@ -53,14 +53,14 @@ class SparsePrefillPass(GraphPass):
 
     def run(self, graph_module: GraphModule) -> None:
         """Rewrite the graph and its child graphs."""
-        layers = Layers(self.config)
+        layers = Layers(self.config, graph_module)
         for module in graph_modules(graph_module):
             sharing = MaskSharing(module, self.config.block_size)
             for node in list(module.graph.nodes):
                 found = find_attention(node, self.config, sharing.lifted, layers)
                 if found is not None:
-                    self.sites.append(self._rewrite_site(found, sharing))
-        layers.check(graph_module)
+                    self.sites += [self._rewrite_site(found, sharing)] * layers.count_calls(module.graph)
+        layers.check()
 
     def _rewrite_site(self, found: ConfiguredSite | Skipped, sharing: MaskSharing) -> Site:
         if isinstance(found, Skipped):
@@ -80,27 +80,41 @@ class ConfiguredSite(NamedTuple):
 
 
 class Layers:
-    """The attention layers of a graph, met in its order, and their settings."""
+    """The attention layers of a graph and its child graphs, and their settings.
 
-    def __init__(self, config: SparsePrefillConfig) -> None:
+    Attributes:
+        config: The settings, with those by layer.
+        met: The number of each attention that was met, None where its name doesn't tell it.
+        num_heads: The query heads of one of them, 0 if none was understood.
+    """
+
+    def __init__(self, config: SparsePrefillConfig, graph_module: GraphModule) -> None:
         self.config = config
-        self.num_met = 0
-        self.heads: dict[int, int] = {}
+        self.met: list[int | None] = []
+        self.num_heads = 0
+        self._graph_module = graph_module
+        self._num_calls = {module.graph: count for module, count in count_calls(graph_module).items()}
 
-    def configure(self, match: AttentionSite | Skipped) -> SparsePrefillConfig | None:
-        """Return the settings of the next attention, None if it stays dense."""
-        layer = number_layer(match.name, self.num_met)
-        self.num_met += 1
+    def count_calls(self, graph: Graph) -> int:
+        """Count how often one of the graphs runs."""
+        return self._num_calls.get(graph, 1)
+
+    def configure(self, match: AttentionSite | Skipped, graph: Graph) -> SparsePrefillConfig | None:
+        """Return the settings of an attention of a graph, None if it stays dense."""
+        layer = number_layer(match.name)
+        self.met.append(layer)
         if isinstance(match, Skipped):
             return None
+        check_layer_is_known(self.config, match.name, layer, self.count_calls(graph))
         num_heads = int(example_of(match.query).shape[1])
-        self.heads[layer] = shard_heads(num_heads, self.config.tensor_parallel, self.config.sequence_parallel).total
+        self.num_heads = shard_heads(num_heads, self.config.tensor_parallel, self.config.sequence_parallel).total
         return config_for_layer(self.config, layer, num_heads)
 
-    def check(self, graph_module: GraphModule) -> None:
+    def check(self) -> None:
         """Check a policy against all that was met."""
-        if self.num_met == len(self.heads):  # of the skipped ones, the heads are not known
-            check_number_of_layers(self.config, self.heads, next(iter(self.heads.values()), 0), graph_module)
+        layers = {layer for layer in self.met if layer is not None}
+        if self.num_heads:  # of the skipped ones, the heads are not known
+            check_number_of_layers(self.config, layers, self.num_heads, self._graph_module)
 
 
 def find_attention(
@@ -110,7 +124,7 @@ def find_attention(
     match = match_attention(node, config)
     if match is None:
         return None
-    of_layer = layers.configure(match)
+    of_layer = layers.configure(match, node.graph)
     if isinstance(match, Skipped):
         return match
     if of_layer is None:
@@ -136,7 +150,7 @@ def _refuse_kernel(lifted: LiftedSite, config: SparsePrefillConfig) -> str | Non
 def find_signatures(graph_module: GraphModule, config: SparsePrefillConfig) -> list[object]:
     """Return the distinct signatures of the sites that the pass would rewrite, in the order of the graph."""
     known: LiftedMasks = {}
-    layers = Layers(config)
+    layers = Layers(config, graph_module)
     nodes = (node for module in graph_modules(graph_module) for node in module.graph.nodes)
     found = [find_attention(node, config, known, layers) for node in nodes]
     return list(dict.fromkeys(site.lifted.site.signature for site in found if isinstance(site, ConfiguredSite)))

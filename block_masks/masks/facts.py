@@ -32,7 +32,8 @@ class MaskFacts(NamedTuple):
         possible: As ``certain``, the blocks that are not proven empty.
         required: As ``certain``, the possible blocks that are always computed: those on the positions of their own
             queries, those of a sequence's first valid key, and those that hold tokens of more than one sequence. In a
-            row of the batch without a valid key all are: what such a mask means is not known.
+            row of the batch without a valid key all are: what such a mask means is not known. So are they in a head
+            that looks ahead, if the mask is not known to be causal.
         rows: (B, N, block_size) int64, the representative queries of a sequence: its last valid row and those before
             it, last first; -1 fills up.
         row_mask: (B, H, num_k_blocks, block_size, block_size) bool, which counted keys of a block they see.
@@ -77,6 +78,8 @@ def describe_mask(
     offset: int | Tensor,
     is_packed: bool,
     block_size: int,
+    *,
+    is_causal: bool = True,
 ) -> MaskFacts:
     """Find the sequences of a mask and their representative queries.
 
@@ -88,6 +91,8 @@ def describe_mask(
         offset: The position of the first query among the keys: an int, a SymInt or an integer tensor of no dimensions.
         is_packed: Whether a row of the batch may hold several sequences; then offset must be 0 and the lengths equal.
         block_size: Tokens a block.
+        is_causal: Whether no query is known to see a later key. Else, where a block of later keys is possible, all
+            possible blocks are required: what to leave out of attention that looks ahead is not known.
     """
     batch, heads, num_q_blocks, num_k_blocks = bounds.possible.shape
     device = bounds.possible.device
@@ -123,10 +128,13 @@ def describe_mask(
     row_mask = row_mask & (rows >= 0)[:, None, :, :, None] & keys.is_counted[:, None, :, None]
 
     first_block, block_offset = _find_first_blocks(keys, of_block, is_packed), _round_up(offset, block_size, device)
+    required = _require(keys, queries, first_block, offset).unsqueeze(1)
+    if not is_causal:
+        required = required | _looks_ahead(bounds.possible, offset, block_size)
     return MaskFacts(
         certain=bounds.certain,
         possible=bounds.possible,
-        required=bounds.possible & _require(keys, queries, first_block, offset).unsqueeze(1),
+        required=bounds.possible & required,
         rows=rows,
         row_mask=row_mask,
         key_counts=keys.is_counted,
@@ -226,6 +234,13 @@ def _require(keys: _Tokens, queries: _Tokens, first_block: Tensor, offset: int |
     shared_queries, shared_keys = (((x.sequence >= 0) & ~x.is_counted).any(-1) for x in (queries, keys))
     is_unknown = ~keys.is_counted.flatten(1).any(1)[:, None, None]
     return is_diagonal | is_first | shared_queries.unsqueeze(-1) | shared_keys.unsqueeze(-2) | is_unknown
+
+
+def _looks_ahead(possible: Tensor, offset: int | Tensor, block_size: int) -> Tensor:
+    """Tell where a possible block begins after the last of its queries, (B, H, 1, 1)."""
+    query_block, key_block = (torch.arange(n, device=possible.device) for n in possible.shape[-2:])
+    is_later = key_block * block_size > (query_block.unsqueeze(-1) + 1) * block_size - 1 + offset
+    return (possible & is_later).flatten(2).any(2)[:, :, None, None]
 
 
 def _round_up(offset: int | Tensor, block_size: int, device: torch.device) -> Tensor:

@@ -115,6 +115,13 @@ def _divide(op: _Op, dividend: Interval, divisor: Interval, **keywords: Any) -> 
     return _increasing(op, dividend, divisor, **keywords)
 
 
+def _shift_right(op: _Op, number: Interval, places: Interval) -> Interval:
+    """By a constant number of places: it grows with the number."""
+    if isinstance(places.lower, Tensor):
+        return _unknown(op, number, places)
+    return _increasing(op, number, places)
+
+
 def _remainder(op: _Op, dividend: Interval, divisor: Interval) -> Interval:
     """Of integers: its own ends where the block lies within one period, any remainder otherwise."""
     period = divisor.lower
@@ -204,6 +211,7 @@ _RULES: dict[Any, Callable[..., Interval]] = {
     **dict.fromkeys((aten.minimum, aten.maximum, aten.clamp, aten.clamp_min, aten.clamp_max), _increasing),
     **dict.fromkeys((aten.floor, aten.ceil, aten.trunc, aten.clone, aten.alias, aten.detach), _increasing),
     **dict.fromkeys((aten.div, aten.floor_divide), _divide),
+    aten.bitwise_right_shift: _shift_right,
     aten.remainder: _remainder,
     **dict.fromkeys((aten.lt, aten.le, aten.gt, aten.ge), _compare),
     aten.eq: _equal,

@@ -38,7 +38,6 @@ class _SwappedAttention(TorchFunctionMode):
         super().__init__()
         self.attend = attend
         self.module_name = ""
-        self.num_calls = 0
         self.heads: dict[int, int] = {}
 
     def enter_module(self, name: str, module: nn.Module, inputs: Any) -> None:
@@ -51,8 +50,9 @@ class _SwappedAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        layer = number_layer(self.module_name, self.num_calls)
-        self.num_calls += 1
+        layer = number_layer(self.module_name)
+        if layer is None:  # no policy could name it
+            return func(*args, **kwargs)
         self.heads[layer] = (args[0] if args else kwargs["query"]).shape[1]
         output = _attend_if_plain(functools.partial(self.attend, layer), *args, **kwargs)
         return func(*args, **kwargs) if output is None else output

@@ -67,7 +67,7 @@ class SparsePrefillConfig:
             qualified name. See docs/estimators.md.
         dense_last: The blocks of the last so many queries of a prompt, or of a chunk of it, compute every block.
         dense_layers: Attention layers that stay dense, by number: the first number in the path of the module, as 3 in
-            ``model.layers.3.self_attn``, or where there is none the place among the attention calls of the graph.
+            ``model.layers.3.self_attn``. Refused where a path has none.
         policy: Settings by layer, over those here: a ``Policy``, the path of its file, or None.
         on_skip: What to do about an attention call that has to stay dense: ``"keep"`` it and report it, or
             ``"raise"``. Decode steps and short prompts are dense by design and never raise.
@@ -215,8 +215,10 @@ def split_options(
         inductor_names: The names that inductor takes.
 
     Raises:
-        InvalidOptionError: A name belongs to neither, or a value of ours is out of range.
+        InvalidOptionError: They are no mapping of names, a name belongs to neither, or a value of ours is out of range.
     """
+    are_named = options is None or (isinstance(options, Mapping) and all(isinstance(name, str) for name in options))
+    check("options", options, 'a mapping of names to values, as {"gamma": 0.9}', are_named)
     own_names = [field.name for field in dataclasses.fields(SparsePrefillConfig)]
     own: dict[str, Any] = {}
     forwarded: dict[str, Any] = {}

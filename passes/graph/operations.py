@@ -22,7 +22,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-SOFTMAX = _names("softmax _softmax")
+SOFTMAX = _names("softmax _softmax _safe_softmax")
 PRODUCTS = _names("matmul bmm baddbmm")
 DROPOUT = _names("dropout")
 # Their result follows from the shapes before and after: the same elements in the same row-major order.

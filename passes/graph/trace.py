@@ -13,7 +13,7 @@ import torch
 from torch import SymFloat, SymInt, Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from flexprefill_compile.torch_internals import FakeTensor, make_fx_under
+from flexprefill_compile.torch_internals import FakeTensor, FakeTensorMode, make_fx_under
 
 from .nodes import argument, example_of
 from .operations import operation
@@ -22,6 +22,10 @@ from .operations import operation
 _MOST_ANCESTORS = 400
 # Set in the meta of a node that stands for an input of the model, as what other ranks send of it does.
 IS_INPUT = "flexprefill_is_input"
+
+
+class TooManyOperationsError(Exception):
+    """A value takes more operations than any mask."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,8 @@ def trace_value(value: Node, product: Node | None = None) -> TracedValue:
         product: A matrix product to start from as well. Of a baddbmm, its addend is still traced.
 
     Raises:
-        Exception: Whatever tracing raises; the caller takes it for "can't be traced".
+        TooManyOperationsError: It depends on the model's own computation.
+        Exception: Whatever else tracing raises; the caller takes it for "can't be traced".
     """
 
     def is_leaf(node: Node) -> bool:
@@ -70,7 +75,7 @@ def trace_value(value: Node, product: Node | None = None) -> TracedValue:
 
     ancestors = _find_ancestors(value, is_leaf, product)
     if len(ancestors) > _MOST_ANCESTORS:
-        raise ValueError(f"computed by {len(ancestors)} operations")
+        raise TooManyOperationsError(f"it is computed by {len(ancestors)} operations")
     copied = Graph()
     copies: dict[Node, Any] = {}
     leaves: list[Node] = []
@@ -152,8 +157,12 @@ def trace(graph: Graph, function: Callable[..., Any], *examples: Any) -> GraphMo
     """
     if numbers := [example for example in examples if isinstance(example, int | float)]:
         raise TypeError(f"examples must be tensors or symbols, got {numbers}")
-    fake_mode = next(e.fake_mode for node in graph.nodes if isinstance(e := example_of(node), FakeTensor))
-    return make_fx_under(fake_mode, function, *examples)
+    return make_fx_under(fake_mode_of(graph), function, *examples)
+
+
+def fake_mode_of(graph: Graph) -> FakeTensorMode:
+    """Return the fake mode of a dynamo graph's examples."""
+    return next(e.fake_mode for node in graph.nodes if isinstance(e := example_of(node), FakeTensor))
 
 
 def bind_number(argument: Any) -> Any:

@@ -16,13 +16,13 @@ import torch
 from torch.fx import Node
 
 from ..graph.trace import ancestors_of
-from .elements import is_read_by_pair
-from .score_parts import ElementFunction
+from .elements import POSITION_DTYPES, ElementFunction, dtype_of_element, is_read_by_pair
 
 aten = torch.ops.aten
 QUERY, KEY = sympy.symbols("query key", integer=True)
 
 _AND = (aten.bitwise_and, aten.logical_and)
+_OR = (aten.bitwise_or, aten.logical_or)
 _NOT = (aten.bitwise_not, aten.logical_not)
 # f(lhs, rhs) >= 0 if and only if the comparison of integers holds.
 _MARGINS: dict[Any, Callable[[Any, Any], Any]] = {
@@ -75,13 +75,13 @@ def find_bounds(mask: ElementFunction) -> MaskBounds:
     expressions = _Expressions()
     conjuncts = list(_conjuncts(output))
     margins = [margin for node in conjuncts if (margin := expressions.margin_of(node)) is not None]
-    positions = [offset for margin in margins if (offset := _offset_of(margin)) is not None]
+    positions = [offset for node in conjuncts if (offset := expressions.offset_of(node)) is not None]
     return MaskBounds(
         is_causal=bool(positions) or any(map(_orders_values, margins)),
         offset=positions[0] if positions else None,
         is_packed=any(expressions.is_equality_of_sides(node) for node in conjuncts),
         is_given=any(map(is_read_by_pair, ancestors_of(output))),
-        is_plain=len(conjuncts) == 1 and positions == [0],
+        is_plain=len(conjuncts) == 1 and _packet(output) not in _OR and positions == [0],
     )
 
 
@@ -101,7 +101,11 @@ def _offset_of(margin: sympy.Expr) -> sympy.Expr | None:
     """Return c if the margin is query + c - key, with c the same for every pair."""
     offset = sympy.expand(margin - QUERY + KEY)
     is_scalar = all(symbol.name.startswith("capture") for symbol in offset.free_symbols)
-    return offset if is_scalar and not offset.atoms(sympy.core.function.AppliedUndef) else None
+    return (
+        offset
+        if is_scalar and offset.is_integer is not False and not offset.atoms(sympy.core.function.AppliedUndef)
+        else None
+    )
 
 
 def _orders_values(margin: sympy.Expr) -> bool:
@@ -132,6 +136,32 @@ class _Expressions:
             return None
         return _MARGINS[packet](*map(self.expression_of, node.args))
 
+    def offset_of(self, node: Node) -> sympy.Expr | None:
+        """Return c if a condition is about keys up to query + c; of alternatives, the largest c, if it covers them all.
+
+        (key < start) | (key - start <= query)     ->  start
+        (key < prefix) | (key <= query)            ->  None: every query sees the prefix
+        """
+        if _packet(node) not in _OR:
+            margin = self.margin_of(node)
+            return None if margin is None else _offset_of(margin)
+        parts = node.all_input_nodes
+        offsets = [self.offset_of(part) for part in parts]
+        last = [self._last_key_of(part) if c is None else c for part, c in zip(parts, offsets, strict=True)]
+        if len(last) < 2 or None in last:
+            return None
+        known = [c for c in offsets if c is not None]
+        return next((c for c in known if all((c - other).is_nonnegative for other in last)), None)
+
+    def _last_key_of(self, node: Node) -> sympy.Expr | None:
+        """Return c if a condition lets through keys up to c, whatever the query."""
+        margin = self.margin_of(node)
+        if margin is None:
+            return None
+        last = sympy.expand(margin + KEY)
+        is_scalar = all(symbol.name.startswith("capture") for symbol in last.free_symbols)
+        return last if is_scalar and not last.atoms(sympy.core.function.AppliedUndef) else None
+
     def is_equality_of_sides(self, node: Node) -> bool:
         """Tell whether a condition equates an expression of the query with one of the key."""
         if _packet(node) is not aten.eq:
@@ -146,11 +176,12 @@ class _Expressions:
         if argument.op == "placeholder":
             return {"query": QUERY, "key": KEY}.get(argument.name, sympy.Symbol(argument.name, integer=True))
         packet = _packet(argument)
-        if packet is aten._to_copy:
+        is_exact = dtype_of_element(argument) in POSITION_DTYPES
+        if packet is aten._to_copy and is_exact:
             return self.expression_of(argument.args[0])
         if packet is aten.full_like:
             return sympy.sympify(argument.args[1])
-        if packet in _ARITHMETIC and not argument.kwargs:
+        if packet in _ARITHMETIC and is_exact and not argument.kwargs:
             return sympy.sympify(_ARITHMETIC[packet](*map(self.expression_of, argument.args)))
         # A capture at some index, or an operation without a rule: an unknown function of what goes into it.
         inputs = argument.args[1] if packet is aten.index else argument.all_input_nodes

@@ -46,7 +46,8 @@ class Captures:
         if capture not in self.placeholders:
             self._check_computation(node)
             self.placeholders[capture] = self._formula.add_capture()
-        return self._formula.read(self.placeholders[capture], indices)
+        example = node.meta["val"]
+        return self._formula.read(self.placeholders[capture], indices, example if isinstance(example, Tensor) else None)
 
     def _check_own_size(self, node: Node, indices: Indices) -> None:
         if not self._formula.depends_on_pair(indices):

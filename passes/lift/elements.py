@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ..graph.trace import ancestors_of
 
@@ -20,14 +20,16 @@ Element = Node | bool | int | float
 Indices = tuple[Element, ...]
 
 INDEX_NAMES = ("batch", "head", "query", "key")
+# They hold every position of a prompt; float32 up to 16 million tokens. Others round, or wrap around.
+POSITION_DTYPES = frozenset({torch.int32, torch.int64, torch.float32, torch.float64})
 
 
 class NotLiftableError(Exception):
     """The tensor is no function of a pair's indices and of O(S) captures; the message says what stands in the way."""
 
 
-class NoRuleError(Exception):
-    """The rule of an operation doesn't cover these arguments; capture its result instead."""
+class NoRuleError(NotLiftableError):
+    """The rule of an operation doesn't cover these arguments; capture its result instead, if that can be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +60,29 @@ class LiftedElement:
     captures: dict[Node, Capture]
 
 
+@dataclasses.dataclass(frozen=True)
+class ElementFunction:
+    """A function of (batch, head, query, key, *captures).
+
+    Attributes:
+        module: Of elementwise ATen operations.
+        captures: What to pass for its further placeholders.
+    """
+
+    module: GraphModule
+    captures: tuple[Capture, ...]
+
+
 def broadcast(indices: Indices, operand: Tensor, result: Tensor) -> Indices:
     """Return the indices of an operand's element from those of the result's: the last dimensions."""
     return indices[len(result.shape) - len(operand.shape) :]
 
 
-def is_negation(condition: Node) -> bool:
-    """Tell whether a condition is ``not`` another one."""
-    return condition.target in (aten.logical_not.default, aten.bitwise_not.default)
+def dtype_of_element(element: Node) -> torch.dtype | None:
+    """Return the dtype of a node of a formula, None where it isn't known."""
+    example = element.meta.get("val")
+    dtype = example.dtype if isinstance(example, Tensor) else element.meta.get("dtype")
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def is_read_by_pair(element: Node) -> bool:

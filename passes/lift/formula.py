@@ -8,13 +8,15 @@ where(key <= query, True, False)        ->  key <= query
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
+from .conditions import NEGATIONS, negate
 from .constants import compute, dtype_of
-from .elements import INDEX_NAMES, Element, Indices, is_negation
+from .elements import INDEX_NAMES, POSITION_DTYPES, Element, Indices, NoRuleError, NotLiftableError, dtype_of_element
 
 aten = torch.ops.aten
 
@@ -26,6 +28,8 @@ _COMPARISONS = {
     aten.eq: aten.eq,
     aten.ne: aten.ne,
 }
+# They round nothing.
+_EXACT = frozenset({aten.where, aten.neg, aten.abs, aten.minimum, aten.maximum, aten.clamp, aten.index})
 # Overloads that take a number in place of any tensor but the first.
 _TENSOR_FIRST = frozenset(
     {
@@ -54,6 +58,10 @@ class Formula:
         self.batch, self.head, self.query, self.key = (self.graph.placeholder(name) for name in INDEX_NAMES)
         # Nodes that take one of two constants: the condition, the value if it holds, the value if not.
         self._choices: dict[Node, tuple[Node, Element, Element]] = {}
+        # Nodes whose numbers the model rounds to a dtype in which the compiled formula may not.
+        self._rounded: set[Node] = set()
+        # Indices that may be beyond what they index, and what depends on them.
+        self._held_back: set[Node] = set()
         self._dependence: dict[Node, frozenset[Node]] = {
             self.query: frozenset({self.query}),
             self.key: frozenset({self.key}),
@@ -70,10 +78,37 @@ class Formula:
         with self.graph.inserting_after(placeholders[-1]):
             return self.graph.placeholder(f"capture_{len(placeholders) - len(INDEX_NAMES)}")
 
-    def read(self, captured: Node, indices: Indices) -> Node:
-        """Return the element of a capture at the indices that are no constants."""
-        entries = [index for index in indices if isinstance(index, Node)]
-        return self._call(aten.index.Tensor, [captured, entries], {}) if entries else captured
+    def hold_back(self, index: Element) -> Element:
+        """Return an index under which nothing is read but at a place that exists."""
+        if not isinstance(index, Node):
+            return max(int(index), 0)
+        held = self._call(aten.mul.Tensor, [index, 1], {}, torch.int64)  # a node of its own
+        self._held_back.add(held)
+        return held
+
+    def read(self, captured: Node, indices: Indices, example: Tensor | None) -> Node:
+        """Return the element of a capture at the indices that are no constants.
+
+        Args:
+            captured: The placeholder.
+            indices: One for each of its dimensions.
+            example: Of the capture, None for a number.
+
+        Raises:
+            NoRuleError: An index may be beyond a dimension whose size isn't known.
+        """
+        dtype = torch.int64 if example is None else example.dtype
+        captured.meta["dtype"] = dtype
+        sizes = () if example is None else example.shape
+        entries = [self._bring_back(i, n) for i, n in zip(indices, sizes, strict=True) if isinstance(i, Node)]
+        return self._call(aten.index.Tensor, [captured, entries], {}, dtype) if entries else captured
+
+    def _bring_back(self, index: Node, size: Any) -> Node:
+        if index not in self._held_back:
+            return index
+        if not isinstance(size, int):
+            raise NoRuleError("it joins tensors whose sizes are not known")
+        return self._call(aten.clamp.default, [index, 0, size - 1], {}, torch.int64)
 
     def depends_on_pair(self, indices: Indices) -> bool:
         """Tell whether the query goes into one index and the key into another, or both into several."""
@@ -86,6 +121,13 @@ class Formula:
         if dtype == torch.bool and isinstance(element, Node):
             return self._choose(element, 1, 0, target)
         return self.emit(aten._to_copy.default, [element], {"dtype": target}, target)
+
+    def is_narrowed(self, element: Element, dtype: torch.dtype, target: torch.dtype) -> bool:
+        """Tell whether a conversion may round an element or wrap it around: choices of constants do so here."""
+        is_open = isinstance(element, Node) and element not in self._choices
+        keeps_kind = dtype.is_floating_point == target.is_floating_point
+        holds_all = dtype == torch.bool or (keeps_kind and torch.promote_types(dtype, target) == target)
+        return is_open and target not in POSITION_DTYPES and target != torch.bool and not holds_all
 
     def emit(self, target: Any, arguments: Sequence[Any], keywords: dict[str, Any], dtype: torch.dtype) -> Element:
         """Add an elementwise operation on elements, simplified where constants decide it."""
@@ -104,7 +146,13 @@ class Formula:
                 for value in values
             )
             return self._choose(condition, if_true, if_false, dtype)
-        return self._call(target, arguments, keywords)
+        if target.overloadpacket in _COMPARISONS and self._rounded.intersection(chosen):
+            raise NotLiftableError("it compares numbers that a low precision rounds")
+        node = self._call(target, arguments, keywords, dtype)
+        is_narrow = dtype.is_floating_point and dtype not in POSITION_DTYPES
+        if (is_narrow and target.overloadpacket not in _EXACT) or self._rounded.intersection(chosen):
+            self._rounded.add(node)
+        return node
 
     def _simplify(self, target: Any, arguments: Sequence[Any], dtype: torch.dtype) -> Any:
         packet = getattr(target, "overloadpacket", None)
@@ -115,16 +163,30 @@ class Formula:
                     return other if constant is (packet is aten.bitwise_and) else constant
         if packet in (aten.add, aten.sub) and isinstance(second, int) and second == 0 and isinstance(first, Node):
             return first
-        if target is aten.where.self and isinstance(first, bool):
-            return arguments[1] if first else arguments[2]
-        if packet in (aten.bitwise_not, aten.logical_not) and isinstance(first, Node):
-            return self._negate(first) if packet is aten.logical_not or is_negation(first) else None
+        if target is aten.where.self:
+            return self._simplify_choice(*arguments[:3], dtype=dtype)
+        if packet in NEGATIONS and isinstance(first, Node) and dtype == torch.bool:
+            return self._negate(first)
+        if packet in (aten.eq, aten.ne) and isinstance(first, Node) and isinstance(second, bool | int | float):
+            is_condition = dtype_of_element(first) == torch.bool and second in (0, 1)
+            return None if not is_condition else first if (second == 1) is (packet is aten.eq) else self._negate(first)
         return None
 
+    def _simplify_choice(self, condition: Element, if_true: Element, if_false: Element, *, dtype: torch.dtype) -> Any:
+        if isinstance(condition, bool):
+            return if_true if condition else if_false
+        return self._either(cast("Node", condition), if_true, if_false) if dtype == torch.bool else None
+
+    def _either(self, condition: Node, if_true: Element, if_false: Element) -> Element:
+        """Write a choice of conditions as what has to hold: (~condition | if_true) & (condition | if_false)."""
+        sides = [
+            self.emit(aten.bitwise_or.Tensor, [guard, side], {}, torch.bool)
+            for guard, side in ((self._negate(condition), if_true), (condition, if_false))
+        ]
+        return self.emit(aten.bitwise_and.Tensor, sides, {}, torch.bool)
+
     def _negate(self, condition: Node) -> Node:
-        if is_negation(condition):
-            return condition.all_input_nodes[0]
-        return self._call(aten.logical_not.default, [condition], {})
+        return negate(condition, lambda target, inputs: self._call(target, inputs, {}, torch.bool))
 
     def _choose(self, condition: Node, if_true: Element, if_false: Element, dtype: torch.dtype) -> Element:
         """Return what takes one of two constants; a condition itself, where they are booleans."""
@@ -133,7 +195,7 @@ class Formula:
         if dtype == torch.bool:
             return condition if if_true else self._negate(condition)
         choice = self._call(
-            aten.where.self, [condition, self._constant(if_true, dtype), self._constant(if_false, dtype)], {}
+            aten.where.self, [condition, self._constant(if_true, dtype), self._constant(if_false, dtype)], {}, dtype
         )
         self._choices[choice] = (condition, if_true, if_false)
         return choice
@@ -142,9 +204,9 @@ class Formula:
         """Make a tensor of a constant, on the device of the indices."""
         if isinstance(value, Node):
             return value
-        return self._call(aten.full_like.default, [self.query, value], {"dtype": dtype})
+        return self._call(aten.full_like.default, [self.query, value], {"dtype": dtype}, dtype)
 
-    def _call(self, target: Any, arguments: Sequence[Any], keywords: dict[str, Any]) -> Node:
+    def _call(self, target: Any, arguments: Sequence[Any], keywords: dict[str, Any], dtype: torch.dtype) -> Node:
         overloads = target.overloadpacket
         if len(arguments) == 2 and overloads in _COMPARISONS and not all(isinstance(a, Node) for a in arguments):
             if not isinstance(arguments[0], Node):
@@ -158,9 +220,19 @@ class Formula:
                 for position, a in enumerate(arguments)
             ]
         node = self.graph.call_function(target, tuple(arguments), keywords)
+        node.meta["dtype"] = dtype
         flat = [x for a in arguments for x in (a if isinstance(a, list | tuple) else [a])]
+        if (
+            self._held_back.intersection(x for x in flat if isinstance(x, Node))
+            and target.overloadpacket is not aten.index
+        ):
+            self._held_back.add(node)
         self._dependence[node] = frozenset().union(*(self._depends(a) for a in flat))
         return node
+
+    @staticmethod
+    def _nodes_of(arguments: Sequence[Any]) -> list[Node]:
+        return [argument for argument in arguments if isinstance(argument, Node)]
 
     def _depends(self, element: Any) -> frozenset[Node]:
         return self._dependence.get(element, frozenset()) if isinstance(element, Node) else frozenset()

@@ -9,6 +9,7 @@ FlexMods(...)         ->  the call's own functions                             (
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ from torch.fx import Graph, GraphModule, Node
 
 from flexprefill_compile.report import SkipReason
 from flexprefill_compile.settings.config import SparsePrefillConfig
-from flexprefill_compile.torch_internals import statically_known_true
+from flexprefill_compile.torch_internals import TransformGetItemToIndex, guard_or_false, statically_known_true
 
 from ..graph.edits import edited_inputs, shares_memory
 from ..graph.nodes import example_of
-from ..graph.trace import TracedValue, bind_number, trace, trace_value
+from ..graph.trace import TooManyOperationsError, TracedValue, bind_number, trace, trace_value
 from ..match.refusals import Refusal
-from ..match.site import AttentionSite, FlexMods, IsCausal, Logits, Masked
+from ..match.site import AttentionSite, FlexMods, IsCausal, Logits, Masked, describe_shape
 from .bounds import MaskBounds, find_bounds
 from .elements import INDEX_NAMES, Capture, LiftedElement, NotLiftableError
 from .lifter import Lifter
@@ -50,12 +51,19 @@ class LiftedSite:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is causal attention and nothing else, for a prompt and its own keys."""
+        """Whether it is causal attention and nothing else, for a prompt and its own keys.
+
+        A FlexAttention call never is: its tables, known at run time only, may leave out more than its mask_mod.
+        """
+        if isinstance(self.site.scores, FlexMods):
+            return False
         is_alone = self.bounds.is_plain and self.parts.bias is None and self.parts.softcap is None
         query_length, key_length = (example_of(x).shape[2] for x in (self.site.query, self.site.key))
         # What is_causal means was settled by the matcher, with a guard where it had to.
         return is_alone and (self.parts.mask is None or statically_known_true(query_length == key_length))
 
+
+logger = logging.getLogger(__name__)
 
 _RULES = VIEW_RULES | VALUE_RULES
 
@@ -86,7 +94,15 @@ def lift_site(site: AttentionSite, config: SparsePrefillConfig, known: LiftedMas
     bounds = find_bounds(parts.mask)
     if not bounds.is_causal and not bounds.is_given:
         return SkipReason.NOT_CAUSAL, "its mask lets queries see later keys"
+    if bounds.offset is not None and bounds.offset.is_Integer and _ends_behind_keys(site, int(bounds.offset)):
+        return SkipReason.NOT_CAUSAL, f"its mask lets queries see {bounds.offset} later keys"
     return LiftedSite(site, parts, bounds, traced)
+
+
+def _ends_behind_keys(site: AttentionSite, offset: int) -> bool:
+    """Tell whether the last query would stand behind the last key, if ``offset`` keys came before the first query."""
+    query_length, key_length = (example_of(x).shape[2] for x in (site.query, site.key))
+    return statically_known_true(query_length + offset > key_length)
 
 
 def _take_apart_once(
@@ -105,12 +121,13 @@ def _take_apart_once(
 def _try_to_take_apart(site: AttentionSite, config: SparsePrefillConfig) -> tuple[TracedValue, ScoreParts] | Refusal:
     try:
         return _take_apart(site, config)
-    except NotLiftableError as error:
+    except (NotLiftableError, TooManyOperationsError) as error:
         return SkipReason.MASK_NOT_LIFTED, str(error)
     except _EditedError as error:
         return SkipReason.MASK_EDITED, str(error)
-    except Exception as error:  # whatever tracing stumbles over, dense attention is right
-        return SkipReason.MASK_NOT_LIFTED, f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    except Exception:  # whatever tracing stumbles over, dense attention is right
+        logger.debug("%s can't be traced", site.name, exc_info=True)
+        return SkipReason.MASK_NOT_LIFTED, "what computes it can't be traced"
 
 
 def _scale_of(site: AttentionSite) -> float:
@@ -131,7 +148,7 @@ def _take_apart(site: AttentionSite, config: SparsePrefillConfig) -> tuple[Trace
             parts = split_logit(lifted, example_of(logits).dtype)
             return traced, dataclasses.replace(parts, scale=parts.scale * _scale_of(site))
         case FlexMods() as mods:
-            _check_block_size(mods, config.block_size)
+            _check_tables(mods, site, config.block_size)
             return _take_flex_apart(mods, site)
         case _:
             raise NotLiftableError(f"{type(site.scores).__name__} has no formula")
@@ -160,10 +177,19 @@ def _check_edits(value: Node, traced: TracedValue, reader: Node, exempt: tuple[N
 # FlexAttention's own functions
 
 
-def _check_block_size(mods: FlexMods, block_size: int) -> None:
+def _check_tables(mods: FlexMods, site: AttentionSite, block_size: int) -> None:
     own = tuple(mods.block_mask[-3:-1])
     if own != (block_size, block_size):
         raise NotLiftableError(f"its block mask has blocks of {own[0]} x {own[1]}, not {block_size} x {block_size}")
+    batch, heads = example_of(site.query).shape[:2]
+    for table in filter(None, mods.block_mask[2:6]):
+        sizes = example_of(table).shape[:2]
+        fits = all(
+            statically_known_true(size == 1) or guard_or_false(size == whole)
+            for size, whole in zip(sizes, (batch, heads), strict=True)
+        )
+        if not fits or example_of(table).dim() not in (3, 4):
+            raise NotLiftableError(f"its block mask has tables of {describe_shape(example_of(table))}")
 
 
 def _take_flex_apart(mods: FlexMods, site: AttentionSite) -> tuple[TracedValue, ScoreParts]:
@@ -197,7 +223,8 @@ def _lift_function(
     def call(score: Tensor, *indices_and_nodes: Any) -> Any:
         indices, values = indices_and_nodes[:4], iter(indices_and_nodes[4:])
         filled = (next(values) if isinstance(capture, Node) else capture for capture in captures)
-        return function(*((score,) if takes_score else ()), *indices, *filled)
+        with TransformGetItemToIndex():  # else captured[query] would ask for the value of the index
+            return function(*((score,) if takes_score else ()), *indices, *filled)
 
     query = example_of(site.query)
     with query.fake_mode:

@@ -29,6 +29,12 @@ from .elements import Element, Indices, LiftedElement, NoRuleError, NotLiftableE
 from .formula import Formula
 
 aten = torch.ops.aten
+_SHIFTS = {
+    aten.__rshift__.Scalar: aten.bitwise_right_shift.Tensor_Scalar,
+    aten.__rshift__.Tensor: aten.bitwise_right_shift.Tensor,
+    aten.__lshift__.Scalar: aten.bitwise_left_shift.Tensor_Scalar,
+    aten.__lshift__.Tensor: aten.bitwise_left_shift.Tensor,
+}
 
 
 class Lifter:
@@ -83,7 +89,7 @@ class Lifter:
             return self._constant_tensor(node)
         example = node.meta["val"]
         if not isinstance(example, Tensor):
-            return cast("Element", self._number(node))
+            return cast("Element", self.number(node))
         indices = tuple(
             0 if statically_known_true(size == 1) else index for index, size in zip(indices, example.shape, strict=True)
         )
@@ -93,7 +99,7 @@ class Lifter:
 
     def _lift_node(self, node: Node, indices: Indices) -> Element:
         if node is self.traced.product:
-            return self._read_score(indices)
+            return self._read_score(node, indices)
         rule = self._rules.get(node.target)
         if rule is not None:
             try:
@@ -104,23 +110,31 @@ class Lifter:
             return self._lift_pointwise(node, indices)
         return self.captures.read(node, indices)
 
-    def _read_score(self, indices: Indices) -> Element:
+    def _read_score(self, product: Node, indices: Indices) -> Element:
         *batch_and_head, query, key = indices
-        (first,) = batch_and_head[:1]
-        merged = self._merged.get(first) if isinstance(first, Node) else None
-        parts = merged[0] if len(batch_and_head) == 1 and merged is not None else tuple(batch_and_head)
+        parts = tuple(batch_and_head)
+        if len(parts) == 1:
+            parts = self._part_heads(parts[0], product.meta["val"].shape[0])
         given = (*parts, query, key)
         if len(parts) != 2 or any(i not in (own, 0) for i, own in zip(given, self.formula.indices, strict=True)):
             raise NotLiftableError("scores of several pairs enter one logit")
         return self.formula.score
+
+    def _part_heads(self, index: Element, size: Any) -> Indices:
+        """Return batch and head of an index of both; where one of them is alone, the index is the other."""
+        if isinstance(index, Node) and index in self._merged:
+            return self._merged[index][0]
+        if self._heads is not None and statically_known_true(size == self._heads):
+            return 0, index
+        return (index, 0) if self._heads == 1 else (index,)
 
     def _lift_pointwise(self, node: Node, indices: Indices) -> Element:
         example: Tensor = node.meta["val"]
         inputs: Sequence[Any] = node.args
         tensors = [a for a in inputs if isinstance(a, Node) and isinstance(a.meta["val"], Tensor)]
         operands = {a: self.element(a, broadcast(indices, a.meta["val"], example)) for a in tensors}
-        arguments = [operands[a] if a in operands else self._number(a) for a in inputs]
-        keywords = {k: self._number(v) for k, v in node.kwargs.items() if k not in ("device", "layout", "pin_memory")}
+        arguments = [operands[a] if a in operands else self.number(a) for a in inputs]
+        keywords = {k: self.number(v) for k, v in node.kwargs.items() if k not in ("device", "layout", "pin_memory")}
         values = tensors[1:] if node.target is aten.where.self else tensors  # a condition keeps its dtype
         if len({a.meta["val"].dtype for a in values}) > 1:
             arguments = self._promote_operands(inputs, arguments, values)
@@ -134,7 +148,7 @@ class Lifter:
             for source, element in zip(inputs, arguments, strict=True)
         ]
 
-    def _number(self, argument: Any) -> Any:
+    def number(self, argument: Any) -> Any:
         """Return what stands for an argument that is no tensor."""
         if not isinstance(argument, Node):
             return argument
@@ -155,9 +169,41 @@ class Lifter:
 
     def affine(self, index: Element, step: Any, start: Any) -> Any:
         """Return start + step * index, for steps and starts that are constants or traced sizes."""
-        step, start = self._number(step), self._number(start)
+        step, start = self.number(step), self.number(start)
         scaled = index if step == 1 else self.formula.emit(aten.mul.Tensor, [index, step], {}, torch.int64)
         return scaled if start == 0 else self.formula.emit(aten.add.Tensor, [scaled, start], {}, torch.int64)
+
+    def size(self, size: Any) -> Element:
+        """Return what stands for a size of a traced tensor: a constant, or a capture of a traced number equal to it.
+
+        Raises:
+            NoRuleError: No number of the traced graph is known to be equal.
+        """
+        if isinstance(size, int):
+            return size
+        for node in self.traced.graph.nodes:
+            example = node.meta.get("val")
+            if isinstance(example, SymInt) and statically_known_true(example == size):
+                return cast("Element", self.number(node))
+        for leaf in self.traced.graph.find_nodes(op="placeholder"):
+            for dim, own in enumerate(getattr(leaf.meta["val"], "shape", ())):
+                if statically_known_true(own == size):
+                    return cast("Element", self.number(self._measure(leaf, dim)))
+        raise NoRuleError("it rearranges elements in a way that has no rule")
+
+    def _measure(self, leaf: Node, dim: int) -> Node:
+        """Add the size of a leaf to what is traced."""
+        first = next(node for node in self.traced.graph.nodes if node.op != "placeholder")
+        with self.traced.graph.inserting_before(first):
+            node = self.traced.graph.call_function(aten.sym_size.int, (leaf, dim))
+        node.meta["val"] = leaf.meta["val"].shape[dim]
+        return node
+
+    def subtract(self, index: Element, size: Element) -> Element:
+        """Return an index from which a size is taken off."""
+        if isinstance(size, Node) and not isinstance(index, Node):
+            raise NoRuleError("it computes one size from another")  # a formula computes with tensors
+        return self.formula.emit(aten.sub.Tensor, [index, size], {}, torch.int64)
 
     def merge(self, parts: Indices, sizes: tuple[Any, ...]) -> Element:
         """Return the index of a dimension that merges several, e.g. batch * H + head."""
@@ -167,7 +213,7 @@ class Lifter:
         )
         merged: Element = parts[0]
         for part, size in zip(parts[1:], sizes[1:], strict=True):
-            scaled = self.formula.emit(aten.mul.Tensor, [merged, self._number(size)], {}, torch.int64)
+            scaled = self.formula.emit(aten.mul.Tensor, [merged, self.number(size)], {}, torch.int64)
             merged = self.formula.emit(aten.add.Tensor, [scaled, part], {}, torch.int64)
         if isinstance(merged, Node) and merged not in parts:
             self._merged[merged] = (parts, sizes)
@@ -182,7 +228,7 @@ class Lifter:
             ):
                 return parts
         if not all(isinstance(size, int) for size in sizes[1:]):
-            raise NoRuleError
+            raise NoRuleError("it rearranges elements in a way that has no rule")
         parts = ()
         for size in reversed(sizes[1:]):
             parts = (self.formula.emit(aten.remainder.Scalar, [index, size], {}, torch.int64), *parts)
@@ -201,6 +247,8 @@ def _out_of_place(target: Any) -> Any:
     """Return ``add`` for ``add_``: elements are values, and the matcher has seen that nobody else looks."""
     packet = target.overloadpacket
     name = packet.__name__
+    if name.startswith("__"):  # i >> 2; the functions that FlexAttention's kernels know have other names
+        return _SHIFTS.get(target, target)
     return getattr(getattr(aten, name[:-1]), target._overloadname) if name.endswith("_") else target
 
 

@@ -10,36 +10,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..graph.trace import ancestors_of
+from .conditions import negate
 from .elements import (
     INDEX_NAMES,
     Capture,
     Element,
+    ElementFunction,
     LiftedElement,
     NotLiftableError,
-    is_negation,
     is_read_by_pair,
 )
 
 aten = torch.ops.aten
-
-
-@dataclasses.dataclass(frozen=True)
-class ElementFunction:
-    """A function of (batch, head, query, key, *captures).
-
-    Attributes:
-        module: Of elementwise ATen operations.
-        captures: What to pass for its further placeholders.
-    """
-
-    module: GraphModule
-    captures: tuple[Capture, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +40,14 @@ class ScoreParts:
         bias: What is added to the scaled and capped score; None is nothing.
         scale: The factor on the product of query and key.
         softcap: c of c * tanh(x / c); None is no cap.
+        temperature: A further factor on the product, read at run time: of batch, head and query; None is 1.
     """
 
     mask: ElementFunction | None
     bias: ElementFunction | None
     scale: float
     softcap: float | None
+    temperature: ElementFunction | None = None
 
 
 def split_mask(lifted: LiftedElement, dtype: torch.dtype, scale: float) -> ScoreParts:
@@ -89,25 +80,50 @@ class _Splitter:
         self.lowest = -math.inf if dtype == torch.bool else torch.finfo(dtype).min
         self.masks: list[Node] = []
         self.addends: list[Node] = []
+        self.temperatures: list[Node] = []
 
     def finish(self, scale: float, softcap: float | None) -> ScoreParts:
         mask = self._combine(aten.bitwise_and.Tensor, self.masks)
         bias = self._combine(aten.add.Tensor, self.addends)
-        return ScoreParts(self._extract(mask), self._extract(bias), scale, softcap)
+        temperature = self._combine(aten.mul.Tensor, self.temperatures)
+        return ScoreParts(self._extract(mask), self._extract(bias), scale, softcap, self._extract(temperature))
 
     # The chain from the softmax's input to the score
 
     def split_score(self, element: Element) -> tuple[float, float | None]:
         """Collect masks and addends; return scale and softcap."""
         factor, element = self._split_chain(element)
-        if element is self.score:
-            return factor, None
-        if isinstance(element, Node) and element.target is aten.tanh.default:
-            num_addends = len(self.masks) + len(self.addends)
-            inner_factor, inner = self._split_chain(element.args[0])  # type: ignore[arg-type]
-            if inner is self.score and len(self.masks) + len(self.addends) == num_addends:
-                return factor * inner_factor, factor
+        is_capped = isinstance(element, Node) and element.target is aten.tanh.default
+        inner_factor = self._split_product(element.args[0] if is_capped else element)  # type: ignore[union-attr]
+        if inner_factor is not None:
+            return factor * inner_factor, factor if is_capped else None
         raise NotLiftableError("the scores go through more than scale, softcap, bias and mask")
+
+    def _split_product(self, element: Any) -> float | None:
+        """Take off factors and casts down to the score; return the product of the constant ones, None for more."""
+        factor = 1.0
+        while isinstance(element, Node) and element is not self.score:
+            own_factor, inner = self._split_factor(element)
+            if inner is element:
+                inner = element.args[0] if element.target is aten._to_copy.default else self._split_temperature(element)
+            factor, element = factor * own_factor, inner
+        return factor if element is self.score else None
+
+    def _split_temperature(self, node: Node) -> Any:
+        """Take off a factor that is data, the same for all keys of a query; return what is inside, or None."""
+        if node.target not in (aten.mul.Tensor, aten.div.Tensor):
+            return None
+        first, second = node.args
+        if node.target is aten.mul.Tensor and self._has_score(second):
+            first, second = second, first
+        if not self._has_score(first) or not isinstance(second, Node):
+            return None
+        names = {ancestor.name for ancestor in ancestors_of(second)}
+        if names & {"score", "key"}:
+            return None
+        is_product = node.target is aten.mul.Tensor
+        self.temperatures.append(second if is_product else self.graph.call_function(aten.reciprocal.default, (second,)))
+        return first
 
     def _split_chain(self, element: Element) -> tuple[float, Element]:
         """Take off masks, addends, casts and factors; return the product of the factors and what is left."""
@@ -149,6 +165,32 @@ class _Splitter:
             return self._value_of(if_false)
         return None
 
+    def _split_joined(self, node: Node) -> bool:
+        """Take where(condition, x, y) apart, the sides of which hide keys and add nothing: parts of a mask, joined."""
+        condition, *sides = cast("Any", node.args)
+        visible = [self._visible(side) for side in sides]
+        if None in visible:
+            return False
+        for guard, side in zip((self._negate(condition), condition), visible, strict=True):
+            if isinstance(side, Node):
+                self.masks.append(self._call_on_conditions(aten.bitwise_or.Tensor, (guard, side)))
+            elif not side:
+                self.masks.append(guard)
+        return True
+
+    def _visible(self, element: Any) -> Node | bool | None:
+        """Return where what is 0 or lowest everywhere is 0; None for another number or a score."""
+        value = self._value_of(element)
+        if isinstance(value, int | float):
+            return True if value == 0 else False if self._is_lowest(value) else None
+        if value.target is not aten.where.self:
+            return None
+        condition, *sides = value.args
+        first, second = map(self._visible, sides)
+        if first is True and second is False:
+            return cast("Node", condition)
+        return self._negate(condition) if first is False and second is True else None
+
     def _split_factor(self, node: Node) -> tuple[float, Any]:
         """Return c and x of c * x or x / (1 / c), or 1 and the node itself."""
         if node.target not in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
@@ -179,6 +221,8 @@ class _Splitter:
             self.split_addend(element.args[0])
         elif element.target is aten.where.self and (rest := self._split_where(element)) is not None:
             self.split_addend(rest)
+        elif element.target is aten.where.self and self._split_joined(element):
+            pass
         elif element.target is aten.full_like.default:
             self.split_addend(self._value_of(element))
         else:
@@ -215,11 +259,12 @@ class _Splitter:
         return value if factor == 1 else self.graph.call_function(aten.mul.Tensor, (value, factor))
 
     def _negate(self, condition: Any) -> Node:
-        return (
-            condition.args[0]
-            if is_negation(condition)
-            else self.graph.call_function(aten.logical_not.default, (condition,))
-        )
+        return negate(condition, self._call_on_conditions)
+
+    def _call_on_conditions(self, target: Any, conditions: Sequence[Node]) -> Node:
+        node = self.graph.call_function(target, tuple(conditions))
+        node.meta["dtype"] = torch.bool
+        return node
 
     def _combine(self, target: Any, nodes: list[Node]) -> Node | None:
         combined = None
@@ -245,11 +290,8 @@ class _Splitter:
             if node in self.lifted.captures and node in needed:
                 copies[node] = graph.placeholder(f"capture_{len(captures) + 1}")
                 captures.append(self.lifted.captures[node])
-        for node in self._in_order(needed):
-            if node.op == "call_function":
+        for node in self.graph.nodes:
+            if node in needed and node.op == "call_function":
                 copies[node] = graph.node_copy(node, lambda argument: copies[argument])
         graph.output(copies[element])
         return ElementFunction(GraphModule({}, graph), tuple(captures))
-
-    def _in_order(self, nodes: set[Node]) -> list[Node]:
-        return [node for node in self.graph.nodes if node in nodes]

@@ -64,7 +64,7 @@ def _reshape_indices(lifter: Lifter, indices: Indices, shape: Sequence[Any], sou
         for (dim, _), part in zip(targets, parts, strict=True):
             result[dim] = part
     if outer or inner:
-        raise NoRuleError
+        raise NoRuleError("it rearranges elements in a way that has no rule")
     return tuple(result)
 
 
@@ -75,7 +75,7 @@ def _find_runs(outer: list[Any], inner: list[Any]) -> tuple[int, int]:
             return length, 1
         if statically_known_true(outer[0] == math.prod(inner[:length])):
             return 1, length
-    raise NoRuleError
+    raise NoRuleError("it rearranges elements in a way that has no rule")
 
 
 @_rule(aten.expand.default)
@@ -107,7 +107,7 @@ def _lift_select(lifter: Lifter, node: Node, indices: Indices) -> Element:
     if isinstance(position, int) and position < 0 and isinstance(size, int):
         position += size
     if not isinstance(position, int) or position < 0:
-        raise NoRuleError
+        raise NoRuleError("it rearranges elements in a way that has no rule")
     return lifter.element(source, (*indices[:dim], position, *indices[dim:]))
 
 
@@ -122,9 +122,9 @@ def _lift_slice(lifter: Lifter, node: Node, indices: Indices) -> Element:
     if start is None or statically_known_true(shape[dim] == node.meta["val"].shape[dim]):
         start = 0 if start is None or (isinstance(start, int) and start >= 0) else start
     if isinstance(start, Node) and not statically_known_true(start.meta["val"] >= 0):
-        raise NoRuleError
+        raise NoRuleError("it rearranges elements in a way that has no rule")
     if isinstance(start, int) and start < 0:
-        raise NoRuleError
+        raise NoRuleError("it rearranges elements in a way that has no rule")
     index = lifter.affine(indices[dim], step, start)
     return lifter.element(source, (*indices[:dim], index, *indices[dim + 1 :]))
 
@@ -136,6 +136,6 @@ def _lift_flip(lifter: Lifter, node: Node, indices: Indices) -> Element:
     for dim in dims:
         size = source.meta["val"].shape[dim]
         if not isinstance(size, int):
-            raise NoRuleError
+            raise NoRuleError("it rearranges elements in a way that has no rule")
         result[dim] = lifter.affine(indices[dim], -1, size - 1)
     return lifter.element(source, tuple(result))

@@ -102,7 +102,10 @@ def _sdpa(
 def _refuse_call(arguments: dict[str, Any], query: Tensor, output: Tensor) -> Refusal | None:
     if (refusal := refuse_decode(query)) is not None:
         return refusal
-    # With a mask is_causal is False: torch takes only one of them.
-    if arguments["attn_mask"] is None and not guard_or_false(example_of(arguments["is_causal"])):
+    is_causal = example_of(arguments["is_causal"])
+    if arguments["attn_mask"] is None and not guard_or_false(is_causal):
         return SkipReason.NOT_CAUSAL, ""
+    # Of a mask and is_causal, some kernels take both, some refuse them: torch's documentation says no more.
+    if arguments["attn_mask"] is not None and is_causal is not False:
+        return SkipReason.MASK_NOT_LIFTED, "given together with is_causal"
     return refuse_dropout(example_of(arguments["dropout_p"])) or refuse_gradient(output)

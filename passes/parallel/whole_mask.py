@@ -29,8 +29,8 @@ from flexprefill_compile.torch_internals import is_parameter, statically_known_t
 
 from ..graph.nodes import example_of
 from ..graph.trace import IS_INPUT, ancestors_of
+from ..lift.elements import ElementFunction
 from ..lift.lifted_site import LiftedSite, lift_site
-from ..lift.score_parts import ElementFunction
 from ..match.site import AttentionSite
 from ..rewrite.insertion import Insert, start_inserting
 from .exchange import gather

@@ -18,20 +18,30 @@ runs on every block not proven full, so the result is exact attention over the s
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from flexprefill_compile.block_masks.layout import BlockTables
 from flexprefill_compile.block_masks.prefill import causal_mask, create_block_mask
 from flexprefill_compile.settings.config import DensityCeiling, SparsePrefillConfig
-from flexprefill_compile.torch_internals import complete_kernel_options, flex_attention_hop
+from flexprefill_compile.torch_internals import (
+    attention_strides,
+    complete_kernel_options,
+    flex_attention_hop,
+    statically_known_true,
+)
 
 from ..graph.nodes import example_of
 from ..lift.lifted_site import LiftedSite
-from ..match.site import AttentionSite, Logits, Masked
+from ..match.site import AttentionSite, Masked
 from .cpu_workarounds import realize_on_cpu
 from .density_branches import insert_branches
 from .insertion import Insert, insert_submodule, start_inserting
@@ -39,7 +49,7 @@ from .kernel_options import choose_kernel_options
 from .mask_facts import insert_mask_check
 from .mask_sharing import MaskSharing
 from .observation import insert_observation
-from .score_mod import insert_score
+from .score_mod import insert_score, insert_temperature
 
 _MASK_MODULE = "flexprefill_causal_mask"  # fixed, because inductor's caches key on it
 
@@ -64,6 +74,8 @@ def rewrite_attention(
     insert = start_inserting(sharing.graph, site.node)
     with sharing.graph.inserting_before(site.node):
         inputs = [_insert_input(insert, site, x) for x in (site.query, site.key, site.value)]
+        if lifted.parts.temperature is not None:
+            inputs[0] = insert_temperature(insert, sharing, lifted, inputs[0])
         if config.check_masks and isinstance(site.scores, Masked):
             query, key, _ = inputs
             inputs[0] = insert_mask_check(sharing.graph, sharing.captured, lifted, query, key, site.scores.mask)
@@ -178,13 +190,30 @@ def _insert_attention(
     else:
         attention = sharing.graph.call_function(flex_attention_hop, arguments)
     query, value = examples[0], examples[2]
-    attention.meta = lifted.site.node.meta | {"example_value": (query.new_empty(*query.shape[:-1], value.shape[-1]),)}
+    output = query.new_empty(*query.shape[:-1], value.shape[-1])
+    output = output.new_empty_strided(output.shape, attention_strides(output, query))
+    attention.meta = lifted.site.node.meta | {"example_value": (output,)}
     return attention
 
 
 def _restore_layout(insert: Insert, output: Node, site: AttentionSite) -> Node:
-    """Give the output the shape and the strides that the model's own product had."""
-    if not isinstance(site.scores, Logits):
+    """Give the output the shape and the strides that the model's own attention had: views of it may need them."""
+    wanted = example_of(site.node)
+    if wanted.dim() == 3:
+        return insert(torch.flatten, insert(torch.Tensor.contiguous, output), 0, 1)
+    if _same_sizes(example_of(output).stride(), wanted.stride()):
         return output
-    output = insert(torch.Tensor.contiguous, output)
-    return output if example_of(site.node).dim() == 4 else insert(torch.flatten, output, 0, 1)
+    order = next(filter(partial(_is_memory_order, wanted), itertools.permutations(range(4))), (0, 1, 2, 3))
+    dense = insert(torch.Tensor.contiguous, insert(torch.permute, output, order))
+    return insert(torch.permute, dense, tuple(map(order.index, range(4))))
+
+
+def _is_memory_order(tensor: Tensor, order: tuple[int, ...]) -> bool:
+    """Tell whether a tensor lies in memory densely, with its dimensions in an order."""
+    sizes = [tensor.shape[dim] for dim in order]
+    strides = [math.prod(sizes[place + 1 :]) for place in range(len(sizes))]
+    return _same_sizes(strides, [tensor.stride(dim) for dim in order])
+
+
+def _same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))

@@ -19,10 +19,10 @@ from flexprefill_compile.block_masks.layout import AttentionSizes
 
 from ..graph.edits import edited_inputs, shares_memory
 from ..graph.nodes import example_of
-from ..graph.trace import TracedValue, ancestors_of, inline
-from ..lift.elements import Capture
-from ..lift.score_parts import ElementFunction
-from .cpu_workarounds import realize_on_cpu
+from ..graph.trace import TracedValue, ancestors_of, fake_mode_of, inline
+from ..lift.elements import Capture, ElementFunction
+from ..lift.lifted_site import LiftedSite
+from .cpu_workarounds import name_number_on_cpu, realize_on_cpu
 
 
 class CapturedValues:
@@ -33,12 +33,14 @@ class CapturedValues:
         self._captures: dict[object, Any] = {}
         self._sizes: dict[str, Node] = {}
 
-    def read(self, function: ElementFunction, traced: TracedValue) -> tuple[Any, ...]:
+    def read(self, function: ElementFunction, lifted: LiftedSite) -> tuple[Any, ...]:
         """Return the nodes of a function's captures, with the values that they have where the mask is computed."""
+        traced, device = lifted.traced, example_of(lifted.site.query).device
         missing = [c for c in function.captures if self._identify(c, traced) not in self._captures]
         if missing:
             with self._graph.inserting_before(_first_after(traced.leaves, self._graph)):
-                nodes = self._insert_captures(missing, traced)
+                captured = self._insert_captures(missing, traced)
+                nodes = [name_number_on_cpu(self._call, node, device) for node in captured]
             self._captures |= {self._identify(c, traced): n for c, n in zip(missing, nodes, strict=True)}
         return tuple(self._captures[self._identify(c, traced)] for c in function.captures)
 
@@ -94,10 +96,10 @@ class CapturedValues:
         is_edited = any(shares_memory(edited, example) for node in self._graph.nodes for edited in edited_inputs(node))
         return self._call(torch.clone, leaf) if is_edited else leaf
 
-    def _call(self, target: Any, *args: Any) -> Node:
-        node = self._graph.call_function(target, args)
-        with torch.no_grad():
-            node.meta = {"example_value": target(*map(example_of, args))}
+    def _call(self, target: Any, *args: Any, **keywords: Any) -> Node:
+        node = self._graph.call_function(target, args, keywords)
+        with torch.no_grad(), fake_mode_of(self._graph):
+            node.meta = {"example_value": target(*map(example_of, args), **keywords)}
         return node
 
 

@@ -12,8 +12,9 @@
    captures' are added there.
 5. It puts its tile sizes into the generated code by replacing text: ``ks3``, say, also at the start of ``ks31``. The
    tile sizes are listed as well, while a mod is generated, which gives them names that no other starts with.
+6. It can't name a captured size that is computed from others, such as the difference of two lengths. A tensor holds it.
 
-2 to 5 are repaired while our graphs compile, and only then. Checked on torch 2.11 to 2.14;
+2 to 5 are repaired while our graphs compile, and only then. Torch 2.11 to 2.15 need all of them;
 ``tests/passes/rewrite/test_cpu_workarounds.py`` says when each can go.
 """
 
@@ -28,7 +29,9 @@ from unittest import mock
 import torch
 from torch.fx import Node
 
-from flexprefill_compile.torch_internals import compiler_config, cpp_flex_attention_template
+from flexprefill_compile.torch_internals import compiler_config, cpp_flex_attention_template, is_size_expression
+
+from ..graph.nodes import example_of
 
 _QUERY_KEY_PRODUCT = """
 template <bool accum>
@@ -66,6 +69,20 @@ def realize_on_cpu(insert: Callable[..., Node], x: Node, device: torch.device) -
         device: Where it lives.
     """
     return insert(torch.ops.flexprefill.realize.default, x) if device.type == "cpu" else x
+
+
+def name_number_on_cpu(insert: Callable[..., Node], number: Any, device: torch.device) -> Any:
+    """Make a captured size that is computed from others a tensor, () int64, if the device is the CPU.
+
+    Args:
+        insert: Adds a call of a function to the graph.
+        number: What a mask_mod or score_mod captures: a tensor, a size or a constant.
+        device: Where the attention runs.
+    """
+    example = example_of(number)
+    if device.type != "cpu" or not is_size_expression(example):
+        return number
+    return realize_on_cpu(insert, insert(torch.full, (), number, dtype=torch.int64), device)
 
 
 @contextlib.contextmanager

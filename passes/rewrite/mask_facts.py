@@ -15,11 +15,12 @@ from torch.fx import Graph, Node
 from flexprefill_compile.block_masks.layout import AttentionSizes, count_blocks, unpack_blocks
 from flexprefill_compile.block_masks.masks.facts import MaskFacts, describe_mask, representative_indices
 from flexprefill_compile.block_masks.masks.intervals import BlockBounds, classify_blocks
+from flexprefill_compile.torch_internals import statically_known_true
 
 from ..graph.nodes import example_of
 from ..graph.trace import inline
+from ..lift.elements import ElementFunction
 from ..lift.lifted_site import LiftedSite
-from ..lift.score_parts import ElementFunction
 from .captured_values import CapturedValues
 
 
@@ -53,14 +54,25 @@ def insert_facts(
         captured, measured = values[:num_captures], AttentionSizes(*values[num_captures : num_captures + 4])
         if tables is None:
             bounds = classify_blocks(mask.module, captured, measured, block_size, device)
+            # A ragged last block is left to the mask_mod, whose kernel minds where the keys end.
+            is_whole = torch.arange(bounds.certain.shape[-1], device=device) < measured.key_length // block_size
+            bounds = BlockBounds(bounds.certain & is_whole, bounds.possible)
         else:
             bounds = _read_tables(values[-4:], count_blocks(measured.key_length, block_size))
-        # A ragged last block is left to the mask_mod, whose kernel minds where the keys end.
-        is_whole = torch.arange(bounds.certain.shape[-1], device=device) < measured.key_length // block_size
-        bounds = BlockBounds(bounds.certain & is_whole, bounds.possible)
+        is_square = statically_known_true(measured.query_length == measured.key_length)
         offset = lifted.bounds.compute_offset(mask, captured, measured.key_length - measured.query_length)
+        found = lifted.bounds
+        if found.is_given and found.offset is None and not is_square:
+            offset = _find_offset(mask, captured, measured, device)
+        if isinstance(offset, Tensor):  # data, which may say anything
+            offset = offset.clamp(min=0).clamp(max=measured.key_length - measured.query_length)
         return tuple(
-            describe_mask(mask.module, captured, measured, bounds, offset, lifted.bounds.is_packed, block_size)
+            describe_mask(
+                *(mask.module, captured, measured, bounds, offset),
+                is_packed=found.is_packed and is_square,  # in a chunk of packed prompts sequences are not told apart
+                block_size=block_size,
+                is_causal=found.is_causal and tables is None,  # blocks listed as full are not under the mask_mod
+            )
         )
 
     nodes: list[Any] = list(inline(graph, compute, (*captures, *sizes, *(tables[2:6] if tables else ()))))
@@ -70,12 +82,17 @@ def insert_facts(
 def insert_bias(
     graph: Graph, bias: ElementFunction, captures: tuple[Any, ...], rows: Any, sizes: AttentionSizes
 ) -> Node:
-    """Insert what the model adds to the scores of the representative queries, whose rows are given; return its node."""
+    """Insert what the model adds to the scores of the representative queries, whose rows are given.
+
+    Returns:
+        The node of (B|1, H|1, num_k_blocks, block_size, block_size), for the representative queries and all keys.
+    """
     uses = _IndexUse(bias)
 
     def compute(rows: Tensor, batch: int, heads: int, key_length: int, *values: Any) -> tuple[Tensor]:
         indices = representative_indices(rows, batch if uses.batch else 1, heads if uses.heads else 1, key_length)
-        return (bias.module(*indices, *values),)
+        shape = torch.broadcast_shapes(*(index.shape for index in indices))
+        return (bias.module(*indices, *values).expand(shape),)
 
     (node,) = inline(graph, compute, (rows, sizes.batch, sizes.heads, sizes.key_length, *captures))
     return node
@@ -88,7 +105,7 @@ def insert_mask_check(
     mask, bias = lifted.parts.mask, lifted.parts.bias
     assert mask is not None
     sizes = captured.measure(query, key)
-    captures = [captured.read(function, lifted.traced) for function in (mask, bias) if function is not None]
+    captures = [captured.read(function, lifted) for function in (mask, bias) if function is not None]
     device = example_of(query).device
 
     def check(query: Tensor, materialised: Tensor, *values: Any) -> tuple[Tensor]:
@@ -100,6 +117,23 @@ def insert_mask_check(
 
     nodes = inline(graph, check, (query, materialised, *sizes, *(c for group in captures for c in group)))
     return nodes[0]
+
+
+def _find_offset(mask: ElementFunction, captures: Sequence[Any], sizes: AttentionSizes, device: torch.device) -> Tensor:
+    """Return the position of the first query among the keys under a mask that doesn't say it: () int64.
+
+    The last key that a query sees is taken for its own. The first and the last query are asked, one of which is no
+    padding.
+    """
+    batch, heads, query_length, key_length = sizes
+    key_index = torch.arange(key_length, device=device)
+    rows = torch.arange(2, device=device).unsqueeze(-1) * (query_length - 1)
+    batch_index = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+    head_index = torch.arange(heads, device=device).view(-1, 1, 1)
+    visible = mask.module(batch_index, head_index, rows, key_index, *captures).expand(batch, heads, 2, key_length)
+    last_key = torch.where(visible, key_index, -1).amax((0, 1, 3))
+    offset: Tensor = torch.where(last_key >= 0, last_key - rows.squeeze(-1), -1).amax()
+    return torch.where(offset >= 0, offset, key_length - query_length)
 
 
 def _read_tables(tables: Sequence[Any], num_k_blocks: int) -> BlockBounds:

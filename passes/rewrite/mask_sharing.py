@@ -68,7 +68,7 @@ class MaskSharing:
         """Return what the selections of a site's mask take. New nodes go where the graph is inserting."""
         mask = lifted.parts.mask
         assert mask is not None
-        captures = self.captured.read(mask, lifted.traced)
+        captures = self.captured.read(mask, lifted)
         sizes = self.captured.measure(query, key)
         tables = lifted.site.scores.block_mask if isinstance(lifted.site.scores, FlexMods) else None
         identity = (mask.module.code, captures, sizes, tables and tables[2:6])
@@ -83,7 +83,7 @@ class MaskSharing:
         bias = lifted.parts.bias
         if bias is None:
             return None
-        captures = self.captured.read(bias, lifted.traced)
+        captures = self.captured.read(bias, lifted)
         identity = (bias.module.code, captures, shared.facts.rows)
         if identity not in self._biases:
             self._biases[identity] = insert_bias(self.graph, bias, captures, shared.facts.rows, shared.sizes)

@@ -55,7 +55,7 @@ def _insert_rows(
         The nodes of (R,), and of what broadcasts to (B, H, R, Skv): bool, None for causal, and None for no bias.
     """
     functions = () if lifted.is_plain else tuple(f for f in (lifted.parts.mask, lifted.parts.bias) if f is not None)
-    captures = [sharing.captured.read(function, lifted.traced) for function in functions]
+    captures = [sharing.captured.read(function, lifted) for function in functions]
     device = example_of(query).device
 
     def sample(batch: int, heads: int, query_length: int, key_length: int, *values: Any) -> list[Tensor]:

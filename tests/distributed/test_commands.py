@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-SMALL = "--device cpu --layers 1 --hidden 64 --intermediate 64 --vocabulary 50 --heads 4 2 --lengths 256".split()
+SMALL = ("--device", "cpu", "--heads", "4", "2", "--hidden", "64", "--intermediate", "64", "--vocabulary", "50")
 
 
 def run_on_ranks(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -15,7 +15,9 @@ def run_on_ranks(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_bench_model_prints_a_line_for_each_way_and_kind_once() -> None:
-    result = run_on_ranks("bench-model", *SMALL, "--parallel", "one", "sequence", "--kinds", "dense")
+    result = run_on_ranks(
+        "bench-model", *SMALL, "--layers", "1", "--lengths", "256", "--parallel", "one", "sequence", "--kinds", "dense"
+    )
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if line.startswith(("one ", "sequence "))]
     assert [row[:3] for row in rows] == [["one", "256", "dense"], ["sequence", "256", "dense"]]

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 import flexprefill_compile.backend as backend_module
 from flexprefill_compile.passes.base import graph_modules
-from flexprefill_compile.torch_internals import flex_attention_hop
+from flexprefill_compile.torch_internals import attention_strides, flex_attention_hop
 
 
 class TableError(AssertionError):
@@ -24,20 +24,24 @@ class TableError(AssertionError):
 
 
 @contextlib.contextmanager
-def without_code_generation(*, is_dense: bool = True) -> Iterator[None]:
+def without_code_generation(*, is_dense: bool = True, attend: Callable[..., Any] | None = None) -> Iterator[None]:
     """While active, FlexPrefillBackend runs its rewritten graphs eagerly and checks their tables.
 
     Args:
         is_dense: Whether the tables must hold every pair that the mask allows, as for gamma = 1.
+        attend: What to run in place of FlexAttention's op; None is one of the functions below.
     """
-    attend = attend_checked if is_dense else attend_sparsely
+    attend = attend or (attend_checked if is_dense else attend_sparsely)
 
     def run_checked(
         graph_module: GraphModule, example_inputs: Sequence[Any], config_patches: dict[str, Any]
     ) -> Callable[..., Any]:
         for module in graph_modules(graph_module):
             for node in module.graph.find_nodes(op="call_function", target=flex_attention_hop):
-                node.target = attend
+                if node.users:
+                    node.target = attend
+                else:  # the model's own call that was rewritten; inductor drops it too
+                    module.graph.erase_node(node)
             module.recompile()
         return graph_module.forward
 
@@ -71,22 +75,39 @@ def attend_checked(
     Raises:
         TableError: The tables leave out a pair that the mask_mod allows, or a full block has one that it forbids.
     """
+    allowed = find_allowed(query, key, block_mask, mask_mod_captures)
+    computed = check_tables(allowed, block_mask, is_dense=is_dense)
+
+    indices = _index_pairs(query, key)
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.float().repeat_interleave(group, dim=1) for x in (key, value))
+    scores = query.float() @ key.mT * scale
+    scores = score_mod(scores, *indices, *score_mod_captures).masked_fill(~computed, -torch.inf)
+    weights = scores.softmax(-1).masked_fill(~computed, 0)  # a row without keys is zero, not NaN
+    output = (weights.float() @ value).to(query.dtype)
+    return _lay_out(output, query), scores.logsumexp(-1), scores.amax(-1)
+
+
+def find_allowed(query: Tensor, key: Tensor, block_mask: tuple[Any, ...], captures: Sequence[Any] = ()) -> Tensor:
+    """Return the pairs that the mask_mod of a BlockMask's tuple allows, (B, H, Q, K) bool."""
+    shape = *query.shape[:3], key.shape[-2]
+    return block_mask[-1](*_index_pairs(query, key), *captures).expand(shape)
+
+
+def _index_pairs(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return batch, head, query and key of every pair, which broadcast to (B, H, Q, K)."""
     batch, heads, query_length, _ = query.shape
-    key_length = key.shape[-2]
-    indices = (
+    return (
         torch.arange(batch).view(-1, 1, 1, 1),
         torch.arange(heads).view(-1, 1, 1),
         torch.arange(query_length).view(-1, 1),
-        torch.arange(key_length),
+        torch.arange(key.shape[-2]),
     )
-    allowed = block_mask[-1](*indices, *mask_mod_captures).expand(batch, heads, query_length, key_length)
-    computed = check_tables(allowed, block_mask, is_dense=is_dense)
 
-    group = heads // key.shape[1]
-    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    scores = score_mod(query @ key.mT * scale, *indices, *score_mod_captures).masked_fill(~computed, -torch.inf)
-    weights = scores.softmax(-1).masked_fill(~computed, 0)  # a row without keys is zero, not NaN
-    return (weights @ value).to(query.dtype), scores.logsumexp(-1), scores.amax(-1)
+
+def _lay_out(output: Tensor, query: Tensor) -> Tensor:
+    """Give an output the strides that FlexAttention's op gives it."""
+    return torch.empty_strided(output.shape, attention_strides(output, query), dtype=output.dtype).copy_(output)
 
 
 def check_tables(allowed: Tensor, block_mask: tuple[Any, ...], *, is_dense: bool = True) -> Tensor:

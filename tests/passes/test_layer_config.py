@@ -113,12 +113,15 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
         ("model.layers[12].attn2", 12),
         ("transformer.h.0.mlp.7", 0),
         ("getattr(model.layers, '5')", 5),
-        ("scaled_dot_product_attention_1", 8),
-        ("attention2d", 8),
+        ("layers[12]", 12),
+        ("layers[12].attn2", 12),
+        ("models[1].layers.3", None),
+        ("scaled_dot_product_attention_1", None),
+        ("attention2d", None),
     ],
 )
-def test_the_number_of_a_layer_is_the_first_in_its_path(name: str, layer: int) -> None:
-    assert number_layer(name, 8) == layer
+def test_the_number_of_a_layer_is_the_first_in_its_path(name: str, layer: int | None) -> None:
+    assert number_layer(name) == layer
 
 
 def test_a_layer_takes_from_the_config_what_it_does_not_set() -> None:

@@ -6,8 +6,9 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
-from flexprefill_compile import InvalidOptionError, SparsePrefillConfig
+from flexprefill_compile import InvalidOptionError, SparsePrefillConfig, explain
 from flexprefill_compile.settings.config import split_options
 from flexprefill_compile.settings.registry import BUILT_IN
 
@@ -90,3 +91,18 @@ def test_options_are_split_by_name() -> None:
 def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InvalidOptionError, match="flexprefill takes gamma, tau, min_budget"):
         split_options({"sparsity": 0.5}, {"max_autotune"})
+
+
+@pytest.mark.parametrize("options", [SparsePrefillConfig(gamma=0.9), "gamma=0.9", [("gamma", 0.9)], {1: 2}])
+def test_options_of_other_types_are_refused_in_one_sentence(options: Any) -> None:
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    x = torch.randn(1, 1, 300, 16)
+    for call in (
+        lambda: split_options(options, ()),
+        lambda: torch.compile(attend, backend="flexprefill", options=options)(x),
+        lambda: explain(attend, x, options=options),
+    ):
+        with pytest.raises(InvalidOptionError, match=r"^options must be a mapping of names to values, as .*, got"):
+            call()

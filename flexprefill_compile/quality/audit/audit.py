@@ -94,8 +94,7 @@ class _Auditor:
 
     def __call__(self, call: ObservedAttention) -> None:
         self.say(f"attention call {len(self.calls) + 1}: {call.name}")
-        layer = number_layer(call.name, len(self.calls))
-        config = config_for_layer(self.config, layer, call.query.shape[1]) or self.config
+        config = config_for_layer(self.config, number_layer(call.name), call.query.shape[1]) or self.config
         measured = measure_call(call, config.block_size)
         patterns = find_patterns(call, config)
         heads = tuple(_describe_head(measured, head, *pattern) for head, pattern in enumerate(patterns))

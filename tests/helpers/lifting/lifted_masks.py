@@ -14,7 +14,7 @@ from flexprefill_compile.passes.lift.lifted_site import LiftedSite
 from flexprefill_compile.passes.sparse_prefill import ConfiguredSite, Layers, find_attention
 from flexprefill_compile.settings.config import SparsePrefillConfig
 
-from .graphs import inspect_graphs
+from ..graphs import inspect_graphs
 
 BATCH, HEADS, LENGTH = 2, 4, 48
 CONFIG_EXACT = SparsePrefillConfig(gamma=1.0, block_size=16, min_budget=0, min_length=16)
@@ -109,7 +109,7 @@ def lift(make: Make, *inputs: Tensor, dynamic: bool) -> list[tuple[GraphModule, 
     """Return each dynamo graph of a masked attention, and what the mask was lifted to."""
 
     def find(graph_module: GraphModule) -> tuple[GraphModule, LiftedSite | Any]:
-        found = (find_attention(node, CONFIG, {}, Layers(CONFIG)) for node in graph_module.graph.nodes)
+        found = (find_attention(node, CONFIG, {}, Layers(CONFIG, graph_module)) for node in graph_module.graph.nodes)
         (site,) = [x for x in found if x is not None]
         return graph_module, site.lifted if isinstance(site, ConfiguredSite) else site
 

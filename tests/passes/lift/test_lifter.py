@@ -16,8 +16,8 @@ from helpers.lifting.lifted_masks import (
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from flexprefill_compile.passes.lift.elements import ElementFunction
 from flexprefill_compile.passes.lift.lifted_site import LiftedSite
-from flexprefill_compile.passes.lift.score_parts import ElementFunction
 
 
 def run_nodes(graph_module: GraphModule, inputs: dict[str, Any]) -> dict[Node, Any]:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.torch_version import TorchVersion
 
 from flexprefill_compile.passes.match.prefill_lengths import refuse_lengths
 from flexprefill_compile.passes.sparse_prefill import find_signatures
@@ -65,6 +66,11 @@ def edited_mask() -> Tensor:
         (SkipReason.MASK_EDITED, lambda q, k, v: masked(q, k, v, edited_mask()), qkv()),
         (SkipReason.MASK_NOT_LIFTED, lambda q, k, v: masked(q, k, v, MASK.float().exp() @ MASK.float() > 1), qkv()),
         (SkipReason.NOT_CAUSAL, lambda q, k, v: masked(q, k, v, torch.arange(LENGTH)[None] < 10), qkv()),
+        pytest.param(
+            *(SkipReason.MASK_NOT_LIFTED, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, MASK, 0.0, True)),
+            qkv(),
+            marks=pytest.mark.skipif(TorchVersion(torch.__version__) >= "2.15", reason="an error of 2.15's own"),
+        ),
         (SkipReason.NOT_CAUSAL, F.scaled_dot_product_attention, qkv()),
         (SkipReason.DROPOUT, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.1, True), qkv()),
         (SkipReason.GRADIENT, causal, qkv(requires_grad=True)),

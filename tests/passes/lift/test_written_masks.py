@@ -1,0 +1,133 @@
+"""Masks as code in use writes them: rewritten, and at gamma 1 equal to eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.checked_attention import without_code_generation
+from torch import Tensor
+from torch.nn import functional as F
+
+from flexprefill_compile.backend import FlexPrefillBackend
+from flexprefill_compile.report import RewriteReport, SkipReason
+
+LENGTH, KEYS = 60, 100
+OPTIONS: dict[str, Any] = {"gamma": 1.0, "block_size": 16, "min_length": 16, "check_masks": True}
+BUFFER = torch.ones(128, 128, dtype=torch.bool).tril()
+POSITIONS = torch.arange(LENGTH)
+PAD = torch.arange(LENGTH)[None] >= 50
+Make = Callable[..., Tensor]
+
+
+def future(length: int = LENGTH, keys: int = LENGTH, diagonal: int = 1) -> Tensor:
+    return torch.ones(length, keys, dtype=torch.bool).triu(diagonal)
+
+
+def hide(hidden: Tensor) -> Tensor:
+    return torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+
+
+def blocks_joined(q: Tensor, k: Tensor) -> Tensor:
+    start = k.shape[2] - q.shape[2]
+    own = torch.triu(torch.full((q.shape[2], q.shape[2]), -torch.inf), diagonal=1)
+    return torch.hstack([torch.zeros((q.shape[2], start)), own])
+
+
+MASKS: dict[str, tuple[Make, tuple[Tensor, ...], int]] = {
+    "not (future or padding)": (lambda q, k, pad: ~(future() | pad[:, None, None, :]), (PAD,), LENGTH),
+    "not of logical_or": (
+        lambda q, k, pad: torch.logical_or(future(), pad[:, None, None]).logical_not(),
+        (PAD,),
+        LENGTH,
+    ),
+    "hidden of three": (
+        lambda q, k, pad: ~(future() | pad[:, None, None] | (pad[:, None, None] & future())),
+        (PAD,),
+        LENGTH,
+    ),
+    "== False": (lambda q, k, pad: (future() | pad[:, None, None]) == False, (PAD,), LENGTH),  # noqa: E712
+    "filled by an or": (lambda q, k, pad: hide(future() | pad[:, None, None]), (PAD,), LENGTH),
+    "rows of a buffer": (lambda q, k, b, p: b[p][:, : k.shape[2]], (BUFFER, POSITIONS), KEYS),
+    "rows of a buffer, 4-D": (lambda q, k, b, p: b[None, None, p, : k.shape[2]], (BUFFER, POSITIONS), KEYS),
+    "rows counted from the end": (lambda q, k, b, p: b[p - 128][:, : k.shape[2]], (BUFFER, POSITIONS), KEYS),
+    "index_select": (lambda q, k, b, p: b.index_select(0, p)[:, : k.shape[2]], (BUFFER, POSITIONS), KEYS),
+    "rows of an additive buffer": (lambda q, k, b, p: b[p][:, : k.shape[2]], (hide(~BUFFER), POSITIONS), KEYS),
+    "blocks joined": (blocks_joined, (), KEYS),
+    "blocks joined, none cached": (blocks_joined, (), LENGTH),
+    "padded": (lambda q, k: F.pad(future().logical_not(), (KEYS - LENGTH, 0), value=True), (), KEYS),
+    "joined padding": (
+        lambda q, k, pad: (
+            ~future(keys=KEYS, diagonal=1 + KEYS - LENGTH)
+            & ~torch.cat([torch.zeros(1, KEYS - LENGTH, dtype=torch.bool), pad], -1)[:, None, None]
+        ),
+        (PAD,),
+        KEYS,
+    ),
+    "shifts": (
+        lambda q, k: ((POSITION[:, None] >> 2) >= (POSITION >> 2)) & (POSITION[:, None] >= POSITION),
+        (),
+        LENGTH,
+    ),
+    "by lengths": (
+        lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(diagonal=k.shape[2] - q.shape[2]),
+        (),
+        KEYS,
+    ),
+}
+POSITION = torch.arange(LENGTH)
+
+
+def by_sdpa(make: Make) -> Callable[..., Tensor]:
+    return lambda q, k, v, *captures: F.scaled_dot_product_attention(q, k, v, attn_mask=make(q, k, *captures))
+
+
+def written_out(make: Make) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor, *captures: Tensor) -> Tensor:
+        mask = make(q, k, *captures)
+        scores = q @ k.mT / 4
+        masked = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return masked.softmax(-1) @ v
+
+    return call
+
+
+def run(call: Callable[..., Tensor], keys: int, *captures: Tensor, dynamic: bool = False) -> RewriteReport:
+    query, key, value = torch.randn(1, 2, LENGTH, 16), *torch.randn(2, 1, 2, keys, 16)
+    backend = FlexPrefillBackend()
+    compiled = torch.compile(call, backend=backend, options=OPTIONS, dynamic=dynamic)
+    with torch.no_grad(), without_code_generation():
+        actual, expected = (function(query, key, value, *captures) for function in (compiled, call))
+    torch.testing.assert_close(actual, expected)
+    return backend.report
+
+
+@pytest.mark.parametrize("form", [by_sdpa, written_out])
+@pytest.mark.parametrize(("make", "captures", "keys"), MASKS.values(), ids=MASKS)
+def test_it_runs_sparse_and_equals_eager(
+    form: Callable[[Make], Callable[..., Tensor]], make: Make, captures: tuple[Tensor, ...], keys: int
+) -> None:
+    report = run(form(make), keys, *captures)
+    assert report.num_rewritten == 1, str(report)
+
+
+@pytest.mark.parametrize("name", ["not (future or padding)", "blocks joined", "by lengths", "rows of a buffer"])
+def test_it_does_with_dynamic_sizes(name: str) -> None:
+    make, captures, keys = MASKS[name]
+    report = run(by_sdpa(make), keys, *captures, dynamic=True)
+    assert report.num_rewritten == 1, str(report)
+
+
+NOT_CAUSAL: dict[str, Make] = {
+    "a prefix that all see": lambda q, k: ~future() | (POSITION < 8),
+    "not (future and far)": lambda q, k: ~(future() & (POSITION > 8)),
+    "joined to the keys of others": lambda q, k: torch.cat([~future()[:, :30], torch.ones(LENGTH, 30) > 0], -1),
+}
+
+
+@pytest.mark.parametrize("make", NOT_CAUSAL.values(), ids=NOT_CAUSAL)
+def test_queries_that_see_later_keys_stay_dense(make: Make) -> None:
+    (site,) = run(by_sdpa(make), LENGTH).sites
+    assert site.reason is SkipReason.NOT_CAUSAL
