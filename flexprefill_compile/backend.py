@@ -17,9 +17,11 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from flexprefill_compile.passes.parallel.sequence_parallel import SequenceParallelPass
 from flexprefill_compile.passes.rewrite.cpu_workarounds import repaired_cpu_template
 from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass, find_signatures
 
+from .parallel.agreement import agree_first
 from .report import RewriteReport, Site, check_skips
 from .settings.config import DensityCeiling, InvalidOptionError, SparsePrefillConfig, split_options
 from .settings.device_defaults import resolve_ceiling, resolve_min_length
@@ -70,15 +72,19 @@ class FlexPrefillBackend:
         Raises:
             InvalidOptionError: An unknown option or mode, or a value out of range.
             AttentionSkippedError: ``on_skip="raise"`` and a call must stay dense.
+            SequenceParallelError: ``sequence_parallel`` and something would come out wrong.
         """
         config, config_patches = split_options(options, inductor_option_names())
         config = resolve_min_length(config, example_inputs)
         config_patches = _mode_patches(mode) | config_patches
         ceiling = resolve_ceiling(config, example_inputs, has_cuda_graphs=has_cuda_graphs(config_patches))
+        spread = _spread_over_ranks(graph_module, config)
         compiled, sites = compile_graph(
             graph_module, example_inputs, config, config_patches, ceiling, self.observed_rows
         )
         self.report = RewriteReport(self.report.sites + tuple(sites))
+        if spread is not None and spread.calls:
+            return agree_first(compiled, spread.group, config, spread.calls, spread.length, example_inputs)
         return compiled
 
     def reset(self) -> None:
@@ -87,6 +93,20 @@ class FlexPrefillBackend:
 
 
 flexprefill = FlexPrefillBackend()
+
+
+def _spread_over_ranks(graph_module: GraphModule, config: SparsePrefillConfig) -> SequenceParallelPass | None:
+    """Run the pass of ``sequence_parallel`` where it is asked for, over more than one rank; return it.
+
+    Raises:
+        SequenceParallelError: Something of the graph would come out wrong.
+    """
+    group = config.sequence_parallel
+    if group is None or group.size == 1:
+        return None
+    spread = SequenceParallelPass(config, group)
+    spread(graph_module)
+    return spread
 
 
 def _mode_patches(mode: str | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .backend import FlexPrefillBackend
+from .parallel.prompt import is_first_rank
 from .report import RewriteReport
 from .settings.config import split_options
 from .torch_internals import inductor_option_names, uncompiled_call
@@ -20,6 +21,7 @@ def explain(
 
     The model is really compiled, as ``torch.compile`` does with the same options and in the same grad mode, so what the
     report says is what runs, lowering included; inductor's caches make the next compile of the model short.
+    Over several ranks every rank calls it, and the first one prints; the sizes are those of its own heads.
 
     Args:
         model: A function or nn.Module.
@@ -36,5 +38,6 @@ def explain(
     split_options(options, inductor_option_names())  # dict() takes more than mappings
     backend = FlexPrefillBackend()
     torch.compile(uncompiled_call(model), backend=backend, options=dict(options or {}))(*args, **kwargs)
-    print(backend.report)
+    if is_first_rank():
+        print(backend.report)
     return backend.report

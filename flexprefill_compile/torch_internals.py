@@ -29,7 +29,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.compiler import config as _compiler_config
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 from torch.nn.attention.flex_attention import _apply_kernel_options
@@ -49,17 +49,20 @@ __all__ = [
     "compiler_config",
     "complete_kernel_options",
     "cpp_flex_attention_template",
+    "find_process_group",
     "flex_attention_hop",
     "guard_or_false",
     "has_cuda_graphs",
     "inductor_option_names",
     "is_flash_available",
+    "is_parameter",
     "is_size_expression",
     "list_mode_options",
     "make_fx_under",
     "maybe_mark_dynamic",
     "share_storage",
     "statically_known_true",
+    "sum_over_ranks",
     "uncompiled_call",
     "without_recompile_limit",
     "written_arguments",
@@ -119,6 +122,26 @@ def _storage_of(tensor: Tensor) -> int:
     while is_functorch_wrapped_tensor(tensor):  # inside a vmap, such as FlexAttention's block masks are made in
         tensor = get_unwrapped(tensor)
     return int(tensor.untyped_storage()._cdata)
+
+
+def find_process_group(name: str) -> Any:
+    """Return the process group of a name, as functional collectives find it."""
+    return import_module("torch.distributed.distributed_c10d")._resolve_process_group(name)
+
+
+def sum_over_ranks(x: Tensor, group_name: str) -> Tensor:
+    """Return the sum of a tensor over the ranks of a group, by a functional collective that compiles."""
+    ops = torch.ops._c10d_functional
+    return cast("Tensor", ops.wait_tensor(ops.all_reduce(x, "sum", group_name)))
+
+
+def is_parameter(node: Node) -> bool:
+    """Tell whether an input of a dynamo graph is a parameter or a buffer of a module."""
+    if node.op == "get_attr":
+        return True
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    path = str(name() if callable(name) else name)
+    return "._parameters[" in path or "._buffers[" in path
 
 
 def is_size_expression(number: object) -> bool:

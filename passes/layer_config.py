@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from flexprefill_compile.settings.config import InvalidOptionError, SparsePrefillConfig
 from flexprefill_compile.settings.policy import Policy
+from flexprefill_compile.settings.rank_groups import shard_heads
 
 # A path of integers and names: model.layers.3.self_attn, layers[3], getattr(layers, '3').
 _LAYER_NUMBER = re.compile(r"(?<!\w)\d+(?!\w)")
@@ -36,13 +37,17 @@ def config_for_layer(config: SparsePrefillConfig, layer: int | None, num_heads: 
     Args:
         config: With its policy, which the result has no more.
         layer: Its number; None only where all layers have the same settings.
-        num_heads: Its query heads.
+        num_heads: The query heads that the attention call has. Over ranks that share a layer's heads, the settings are
+            those of the layer's heads, and the result has those of this rank's.
 
     Raises:
         InvalidOptionError: The policy is for another model, or the gammas are for another number of heads.
     """
     policy = config.policy
+    shard = shard_heads(num_heads, config.tensor_parallel, config.sequence_parallel)
+    num_heads = shard.total
     if isinstance(policy, Policy) and layer is not None:
+        _check_shard(policy.model.num_heads, num_heads)
         policy.check_model(max(policy.model.num_layers, layer + 1), num_heads)
         own = policy.of_layer(layer)
         if own.dense:
@@ -54,10 +59,26 @@ def config_for_layer(config: SparsePrefillConfig, layer: int | None, num_heads: 
     if layer in config.dense_layers:
         return None
     if len(config.gammas) not in (1, num_heads):
+        _check_shard(len(config.gammas), num_heads)
         raise InvalidOptionError(
             f"gamma must be one number or one for each of {num_heads} query heads, got {len(config.gammas)} numbers"
         )
-    return config
+    if len(config.gammas) in (1, shard.count):
+        return config
+    return dataclasses.replace(config, gamma=tuple(config.gammas[shard.start : shard.start + shard.count]))
+
+
+def _check_shard(expected: int, num_heads: int) -> None:
+    """Raise if settings for a whole layer meet what may be one rank's shard of it.
+
+    Raises:
+        InvalidOptionError: They are for a multiple of the heads that are known.
+    """
+    if expected > num_heads and expected % num_heads == 0:
+        raise InvalidOptionError(
+            f"settings for {expected} query heads meet a layer of {num_heads}; if the layer is sharded over "
+            f"{expected // num_heads} ranks, give their group as tensor_parallel"
+        )
 
 
 def check_layer_is_known(config: SparsePrefillConfig, name: str, layer: int | None, num_calls: int) -> None:

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from flexprefill_compile.report import Rewritten, Site, Skipped, SkipReason
 from flexprefill_compile.settings.config import DensityCeiling, SparsePrefillConfig
+from flexprefill_compile.settings.rank_groups import shard_heads
 
 from .base import GraphPass, count_calls, graph_modules
 from .graph.nodes import example_of
@@ -105,8 +106,9 @@ class Layers:
         if isinstance(match, Skipped):
             return None
         check_layer_is_known(self.config, match.name, layer, self.count_calls(graph))
-        self.num_heads = int(example_of(match.query).shape[1])
-        return config_for_layer(self.config, layer, self.num_heads)
+        num_heads = int(example_of(match.query).shape[1])
+        self.num_heads = shard_heads(num_heads, self.config.tensor_parallel, self.config.sequence_parallel).total
+        return config_for_layer(self.config, layer, num_heads)
 
     def check(self) -> None:
         """Check a policy against all that was met."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import flexprefill_compile
-from flexprefill_compile import LayerPolicy, Policy, SparsePrefillConfig, block_masks, models
+from flexprefill_compile import LayerPolicy, Policy, SparsePrefillConfig, block_masks, models, parallel
 from flexprefill_compile.block_masks import record_densities
 from flexprefill_compile.settings.registry import BUILT_IN
 
@@ -40,6 +40,8 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
             "kernel_options": "none",
             "dense_layers": "none",
             "policy": "none",
+            "sequence_parallel": "none",
+            "tensor_parallel": "none",
             "estimator": '`"flexprefill"`',
             "on_skip": '`"keep"`',
             "kernel_backend": '`"auto"`',
@@ -111,6 +113,7 @@ def test_the_api_page_shows_every_public_name() -> None:
         "flexprefill_compile.block_masks"
     }
     names |= {f"flexprefill_compile.block_masks.{name}" for name in block_masks.__all__}
+    names |= {f"flexprefill_compile.parallel.{name}" for name in parallel.__all__}
     assert sorted(re.findall(r"^::: (\S+)$", page, re.MULTILINE)) == sorted(names)
 
 

@@ -26,7 +26,7 @@ FLOORS = (
     ("passes",),
     ("block_masks",),
     ("ops",),
-    ("report", "errors"),
+    ("report", "errors", "parallel"),
     ("text_table",),
     ("settings",),
     ("torch_internals",),

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..settings.rank_groups import RankGroup
+from ..torch_internals import sum_over_ranks
 from .inputs.rotary import rotate
 from .timing.dense_attention import attend
 
@@ -35,49 +37,63 @@ class DecoderShape:
 class Layer(nn.Module):
     """Attention with rotary positions and shared key heads, then a gated feed-forward net, each behind a norm."""
 
-    def __init__(self, shape: DecoderShape) -> None:
+    def __init__(self, shape: DecoderShape, shards: RankGroup | None = None) -> None:
+        """Make a layer, or one rank's shard of it: its stretch of the heads and of the net's hidden units."""
         super().__init__()
         self.shape = shape
+        self.shards = shards
+        ranks = shards.size if shards else 1
+        heads, kv_heads, intermediate = (
+            shape.heads // ranks,
+            max(1, shape.kv_heads // ranks),
+            shape.intermediate // ranks,
+        )
         self.attention_norm, self.forward_norm = nn.RMSNorm(shape.hidden), nn.RMSNorm(shape.hidden)
-        self.splits = [shape.heads * shape.head_dim, *[shape.kv_heads * shape.head_dim] * 2]
+        self.splits = [heads * shape.head_dim, *[kv_heads * shape.head_dim] * 2]
         self.project_in = nn.Linear(shape.hidden, sum(self.splits), bias=False)
-        self.project_out = nn.Linear(shape.hidden, shape.hidden, bias=False)
-        self.gate_and_up = nn.Linear(shape.hidden, 2 * shape.intermediate, bias=False)
-        self.down = nn.Linear(shape.intermediate, shape.hidden, bias=False)
+        self.project_out = nn.Linear(heads * shape.head_dim, shape.hidden, bias=False)
+        self.gate_and_up = nn.Linear(shape.hidden, 2 * intermediate, bias=False)
+        self.down = nn.Linear(intermediate, shape.hidden, bias=False)
 
     def forward(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the new state (B, S, hidden), and what a cache keeps: keys and values, (B, Hkv, S, D)."""
         parts = self.project_in(self.attention_norm(x)).split(self.splits, dim=-1)
         query, key, value = (part.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2) for part in parts)
         query, key = (rotate(part.float(), position).to(x.dtype) for part in (query, key))
-        x = x + self.project_out(attend(query, key, value).transpose(1, 2).flatten(-2))
+        x = x + self._sum(self.project_out(attend(query, key, value).transpose(1, 2).flatten(-2)))
         gate, up = self.gate_and_up(self.forward_norm(x)).chunk(2, dim=-1)
         # A view of its part would keep the whole projection alive.
-        return x + self.down(F.silu(gate) * up), key, value.contiguous()
+        return x + self._sum(self.down(F.silu(gate) * up)), key, value.contiguous()
+
+    def _sum(self, part: Tensor) -> Tensor:
+        return part if self.shards is None else sum_over_ranks(part, self.shards.name)
 
 
 class Decoder(nn.Module):
     """Embedding, layers, and the logits of the last token."""
 
-    def __init__(self, shape: DecoderShape) -> None:
+    def __init__(self, shape: DecoderShape, shards: RankGroup | None = None) -> None:
         super().__init__()
         self.embedding = nn.Embedding(shape.vocabulary, shape.hidden)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
+        self.layers = nn.ModuleList(Layer(shape, shards) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.hidden)
         self.head = nn.Linear(shape.hidden, shape.vocabulary, bias=False)
 
-    def forward(self, tokens: Tensor, run_layer: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Cache]:
-        """Prefill a prompt.
+    def forward(
+        self, tokens: Tensor, run_layer: Callable[..., tuple[Tensor, Tensor, Tensor]], start: int = 0
+    ) -> tuple[Tensor, Cache]:
+        """Prefill a prompt, or a stretch of it.
 
         Args:
             tokens: (B, S) int64.
             run_layer: Calls a layer with its arguments. Compiled, it is compiled once for all layers.
+            start: The position of the first token.
 
         Returns:
             The next token, (B,), and the cache.
         """
         x = self.embedding(tokens)
-        position = torch.arange(tokens.shape[1], device=tokens.device)
+        position = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         cache: Cache = []
         for layer in self.layers:
             x, key, value = run_layer(layer, x, position)
@@ -85,13 +101,13 @@ class Decoder(nn.Module):
         return self.head(self.norm(x[:, -1])).argmax(-1), cache
 
 
-def create_decoder(shape: DecoderShape, device: str, dtype: torch.dtype) -> Decoder:
-    """Make a decoder with normal random weights of standard deviation 0.02."""
+def create_decoder(shape: DecoderShape, device: str, dtype: torch.dtype, shards: RankGroup | None = None) -> Decoder:
+    """Make a decoder, or one rank's shard of it, with normal random weights of standard deviation 0.02."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            model = Decoder(shape)
+            model = Decoder(shape, shards)
         model.to_empty(device=device)
     finally:
         torch.set_default_dtype(default)

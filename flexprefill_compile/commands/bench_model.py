@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
@@ -18,6 +20,7 @@ from flexprefill_compile.block_masks import record_densities
 from ..backend import FlexPrefillBackend
 from ..bench.decoder import Decoder, DecoderShape, Layer, create_decoder, run_layer
 from ..bench.inputs.kinds import create_inputs
+from ..bench.ranks import KINDS, WAYS, RankBench, measure_on_ranks, start_ranks
 from ..bench.timing.clocks import time_ms
 from ..bench.timing.dense_attention import find_fastest_dense, name_backend
 from ..errors import UsageError
@@ -29,6 +32,8 @@ from .shared.checks import check_device
 HELP = "time a Llama-shaped model with random weights to its first token, dense and sparse"
 
 _CALLS = 3
+_COLUMNS = ("parallel", "tokens", "kind", "first token", "peak a card", "collectives", "blocks", "uneven")
+_LINE = "{:10}{:>9}  {:8}{:>14}{:>13}{:>13}{:>8}{:>8}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=positive, nargs="+", default=[8192, 32768, 131072], metavar="N")
     parser.add_argument("--density", type=float, default=0.25, help="share of the causal blocks to compute")
     parser.add_argument("--json", type=Path, help="a file for the figures")
+    ranks = parser.add_argument_group("under torchrun")
+    ranks.add_argument("--parallel", nargs="+", default=list(WAYS), choices=WAYS, help="how ranks share a prefill")
+    ranks.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="of attention")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -55,6 +63,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.density <= 1:
         raise UsageError(f"density must be in (0, 1], got {arguments.density}")
     shape = _read_shape(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _run_on_ranks(arguments, shape)
+        return
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     model = create_decoder(shape, arguments.device, dtype)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -70,6 +81,48 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     print(format_table(("tokens", "blocks", "fastest dense", "sparse", "speed-up"), [_describe(row) for row in rows]))
+
+
+def _run_on_ranks(arguments: argparse.Namespace, shape: DecoderShape) -> None:
+    """Run under torchrun: every rank measures, rank 0 prints each line as it comes.
+
+    Raises:
+        UsageError: The ranks can't share the heads, the hidden units or the tokens evenly.
+    """
+    group = start_ranks(arguments.device)
+    for name, size in (("heads", shape.heads), ("intermediate", shape.intermediate)):
+        if size % group.size:
+            raise UsageError(f"{name} must be a multiple of the {group.size} ranks, got {size}")
+    if uneven := [length for length in arguments.lengths if length % group.size]:
+        raise UsageError(f"lengths must be multiples of the {group.size} ranks, got {uneven[0]}")
+    bench = RankBench(
+        shape=shape,
+        lengths=arguments.lengths,
+        ways=arguments.parallel,
+        kinds=arguments.kinds,
+        options=lambda length: _choose_options(length, arguments.density),
+        device=arguments.device,
+    )
+    rows: list[dict[str, Any]] = []
+    if group.rank == 0:
+        print(f"{shape}, torch {torch.__version__}, {group.size} ranks", flush=True)
+        print(_LINE.format(*_COLUMNS), flush=True)
+    with torch.no_grad():
+        for row in measure_on_ranks(bench, group):
+            rows.append(row)
+            if group.rank == 0:
+                print(_LINE.format(*_describe_on_ranks(row)).rstrip(), flush=True)
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+def _describe_on_ranks(row: dict[str, Any]) -> list[str]:
+    start = [row["way"], str(row["tokens"]), row["kind"]]
+    if "note" in row:
+        return [*start, row["note"], "", "", "", ""]
+    blocks = [f"{row['density']:.0%}", f"{row['uneven']:.1%}"] if "density" in row else ["", ""]
+    return [*start, f"{row['ms']:.0f} ms", f"{row['memory_gib']:.1f} GiB", f"{row['collectives']:.1%}", *blocks]
 
 
 def _read_shape(arguments: argparse.Namespace) -> DecoderShape:
@@ -108,9 +161,7 @@ def _measure_prefill(model: Decoder, shape: DecoderShape, length: int, density: 
     torch.compiler.reset()
     dense_ms = _time_first_token(model, tokens, torch.compile(run_layer_densely, dynamic=False))
     torch.compiler.reset()
-    block_size = SparsePrefillConfig.block_size
-    budget = choose_budget(length, density, block_size)
-    options: dict[str, Any] = {"min_length": 1, "max_density": 1, "min_budget": min(1024, budget), "max_budget": budget}
+    options = _choose_options(length, density)
     sparse = torch.compile(run_layer, backend=FlexPrefillBackend(), dynamic=False, options=options)
     with record_densities() as densities:
         model(tokens, sparse)
@@ -119,8 +170,13 @@ def _measure_prefill(model: Decoder, shape: DecoderShape, length: int, density: 
         "dense_ms": dense_ms,
         "sparse_ms": _time_first_token(model, tokens, sparse),
         "density": torch.cat(densities).mean().item(),
-        "max_budget": budget,
+        "max_budget": options["max_budget"],
     }
+
+
+def _choose_options(length: int, density: float) -> dict[str, Any]:
+    budget = choose_budget(length, density, SparsePrefillConfig.block_size)
+    return {"min_length": 1, "max_density": 1, "min_budget": min(1024, budget), "max_budget": budget}
 
 
 def _time_first_token(model: Decoder, tokens: Tensor, compiled: Callable[..., Any]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Protocol
@@ -42,11 +43,15 @@ COMMANDS: dict[str, Command] = {
     "bench-model": bench_model,
 }
 
+# What torchrun may start.
+_ON_RANKS = ("bench-model",)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, or 2 after a mistake in what was asked."""
     options = _create_parser().parse_args(arguments)
     try:
+        _check_ranks(options.command)
         options.run(options)
     except (UsageError, InvalidOptionError) as error:
         print(f"flexprefill: error: {error}", file=sys.stderr)
@@ -62,5 +67,15 @@ def _create_parser() -> argparse.ArgumentParser:
             name, help=command.HELP, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(run=command.run, command=name)
     return parser
+
+
+def _check_ranks(command: str) -> None:
+    """Refuse a command under torchrun that would do the same on every rank.
+
+    Raises:
+        UsageError: There is more than one rank.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in _ON_RANKS:
+        raise UsageError(f"{command} runs in one process: start it without torchrun, which is for {_ON_RANKS[0]}")

@@ -19,6 +19,7 @@ from .checks import (
     resolve_gamma,
 )
 from .policy import Policy, resolve_policy
+from .rank_groups import RankGroup, resolve_rank_group
 from .registry import Estimator, check_estimator, is_dense_estimator, name_estimator
 
 __all__ = ["InvalidOptionError", "SparsePrefillConfig", "split_options"]
@@ -74,6 +75,11 @@ class SparsePrefillConfig:
             flash-attn-4, or ``"auto"``: flash where it is installed and fits. Asked for, calls that flash doesn't fit
             stay dense, with the reason.
         kernel_options: FlexAttention's own, names and values, over those chosen here: a mapping, kept as its items.
+        sequence_parallel: The ranks over which a prompt is spread, each with a stretch of equal length: a
+            ``ProcessGroup``, a ``DeviceMesh`` of one dimension, or a mesh and the name of a dimension. The pass then
+            exchanges heads for tokens around every attention call. See docs/many-gpus.md.
+        tensor_parallel: The ranks over which each layer's heads are sharded, likewise. The model does that itself;
+            the option tells which heads a rank holds, for policies and gammas by head.
 
     Raises:
         InvalidOptionError: A value is out of range. It is a ``ValueError``.
@@ -95,6 +101,8 @@ class SparsePrefillConfig:
     on_skip: str = "keep"
     kernel_backend: str = "auto"
     kernel_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
+    sequence_parallel: RankGroup | Any = None
+    tensor_parallel: RankGroup | Any = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gamma", resolve_gamma(self.gamma))
@@ -147,6 +155,8 @@ class SparsePrefillConfig:
         check("kernel_options", self.kernel_options, "a mapping of FlexAttention's kernel options", are_names)
         object.__setattr__(self, "kernel_options", tuple(sorted(items)))
         check("on_skip", self.on_skip, f"one of {', '.join(_ON_SKIP)}", self.on_skip in _ON_SKIP)
+        for name in ("sequence_parallel", "tensor_parallel"):
+            object.__setattr__(self, name, resolve_rank_group(name, getattr(self, name)))
 
     def as_options(self) -> dict[str, Any]:
         """Return the config as the ``options`` of ``torch.compile``."""

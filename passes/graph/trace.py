@@ -20,6 +20,8 @@ from .operations import operation
 
 # A mask's graph is tens of nodes; what is longer depends on the model's own computation.
 _MOST_ANCESTORS = 400
+# Set in the meta of a node that stands for an input of the model, as what other ranks send of it does.
+IS_INPUT = "flexprefill_is_input"
 
 
 class TooManyOperationsError(Exception):
@@ -68,7 +70,8 @@ def trace_value(value: Node, product: Node | None = None) -> TracedValue:
     def is_leaf(node: Node) -> bool:
         if node is product:
             return operation(node) != "baddbmm"
-        return node.op in ("placeholder", "get_attr") or isinstance(example_of(node), SymInt)
+        is_input = node.op in ("placeholder", "get_attr") or node.meta.get(IS_INPUT, False)
+        return is_input or isinstance(example_of(node), SymInt)
 
     ancestors = _find_ancestors(value, is_leaf, product)
     if len(ancestors) > _MOST_ANCESTORS:

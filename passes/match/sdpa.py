@@ -47,9 +47,7 @@ def match_sdpa(node: Node, config: SparsePrefillConfig) -> AttentionSite | Skipp
         node: A node for which ``is_sdpa`` holds.
         config: How short a prompt stays dense.
     """
-    call = inspect.signature(_sdpa).bind(*node.args, **node.kwargs)
-    call.apply_defaults()
-    arguments = call.arguments
+    arguments = bind_arguments(node)
     query, key, value = (example_of(arguments[name]) for name in ("query", "key", "value"))
     output = example_of(node)
     scores = IsCausal() if arguments["attn_mask"] is None else Masked(arguments["attn_mask"])
@@ -78,6 +76,13 @@ def match_sdpa(node: Node, config: SparsePrefillConfig) -> AttentionSite | Skipp
         dtype=output.dtype,
         shapes=describe_shapes(query, example_of(shared_key.node)),
     )
+
+
+def bind_arguments(node: Node) -> dict[str, Any]:
+    """Return the arguments of a node for which ``is_sdpa`` holds, by name, with defaults."""
+    call = inspect.signature(_sdpa).bind(*node.args, **node.kwargs)
+    call.apply_defaults()
+    return call.arguments
 
 
 def _sdpa(

@@ -67,6 +67,8 @@ def test_the_defaults_are_the_papers() -> None:
         "on_skip": "keep",
         "kernel_backend": "auto",
         "kernel_options": (),
+        "sequence_parallel": None,
+        "tensor_parallel": None,
     }
 
 

@@ -12,7 +12,7 @@ from flexprefill_compile.block_masks.layout import count_causal_blocks
 from flexprefill_compile.block_masks.observed_attention import ObservedAttention
 from flexprefill_compile.passes.layer_config import config_for_layer, number_layer
 
-from ...settings.config import SparsePrefillConfig, split_options
+from ...settings.config import InvalidOptionError, SparsePrefillConfig, split_options
 from ...torch_internals import inductor_option_names
 from ..model_prefill import Model, Prompt, prefill_dense
 from ..predictions import compare_predictions
@@ -54,6 +54,8 @@ def audit(
         InvalidOptionError: An unknown option, or a value out of range.
     """
     config, _ = split_options(options, inductor_option_names())
+    if config.sequence_parallel is not None:
+        raise InvalidOptionError("audit needs the whole prompt on one rank: leave sequence_parallel out")
     prompt = Prompt(args, kwargs)
     prompt.check_length(config.block_size)
     say = progress or (lambda _: None)

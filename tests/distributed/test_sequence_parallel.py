@@ -1,0 +1,37 @@
+"""A prompt over several ranks is prefilled as in one process, block for block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from helpers.distributed import prefills
+from helpers.distributed.pool import RankPool
+
+
+def check(results: list[Any], *, is_sparse: bool) -> None:
+    for result in results:
+        assert isinstance(result, dict), result
+        assert result["error"] < 1e-5
+        assert result["same_blocks"]
+        assert result["rewritten"] == 2
+        assert (result["density"] < 0.45) == is_sparse
+
+
+def test_gamma_1_is_dense_attention(ranks: RankPool) -> None:
+    check(ranks.run(prefills.spread_layers, 1.0, False), is_sparse=False)
+
+
+@pytest.mark.parametrize(("size", "dynamic"), [(2, True), (4, False)])
+def test_selection_is_that_of_one_process_with_a_gamma_for_each_head(ranks: RankPool, size: int, dynamic: bool) -> None:
+    results = ranks.run(prefills.spread_layers, (0.5, 0.9, 0.7, 0.3), dynamic, size=size)
+    check(results, is_sparse=True)
+    # On 4 ranks two ranks share each of the two key heads.
+    assert all(result["keys"].split("x")[1] == "1" for result in results)
+
+
+@pytest.mark.parametrize(("kind", "dynamic"), [("causal", False), ("padding", True), ("packing", False)])
+def test_a_hugging_face_model_with_padding_and_packing_then_a_token(ranks: RankPool, kind: str, dynamic: bool) -> None:
+    results = ranks.run(prefills.spread_llama, kind, dynamic)
+    check(results, is_sparse=True)
+    assert all(result["decode_error"] < 1e-5 for result in results)

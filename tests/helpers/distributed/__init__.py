@@ -1,0 +1,1 @@
+"""Processes that are ranks, and what they run."""
