@@ -199,11 +199,13 @@ def _copy_graph(graph: Graph) -> Graph:
     return copied
 
 
-def complete_kernel_options(options: dict[str, Any], query: Tensor, key: Tensor, value: Tensor) -> dict[str, Any]:
-    """Add the options that FlexAttention's op expects beside the user's, for inference without auxiliary outputs."""
+def complete_kernel_options(
+    options: dict[str, Any], query: Tensor, key: Tensor, value: Tensor, *, returns_logsumexp: bool = False
+) -> dict[str, Any]:
+    """Add the options that FlexAttention's op expects beside the user's, for inference."""
     with torch.no_grad():
         completed = _apply_kernel_options(query, key, value, return_lse=False, kernel_options=cast("Any", options))
-    return dict(completed)
+    return dict(completed) | ({"OUTPUT_LOGSUMEXP": True} if returns_logsumexp else {})
 
 
 def attention_strides(output: Tensor, query: Tensor) -> tuple[int, ...]:
