@@ -75,7 +75,7 @@ class CompiledAttention:
             options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
             options |= {**inductor_options, "on_skip": "raise"}
             backend = FlexPrefillBackend()
-            compiled = torch.compile(_copy_function(attend), backend=backend, fullgraph=True, options=options)
+            compiled = torch.compile(_copy_function(attend, len(self._kinds)), backend=backend, fullgraph=True, options=options)
             self._kinds[identity] = _Kind(compiled, backend)
         entry = self._kinds[identity]
         if entry.refusal is not None:
@@ -109,10 +109,13 @@ def _describe(x: Tensor) -> object:
     return x.dtype, x.device, x.dim(), tuple(x.shape[1::2])
 
 
-def _copy_function(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Copy a function with its code: dynamo keeps what it compiled by code object, and looks through all of it."""
+def _copy_function(function: Callable[..., Tensor], number: int) -> Callable[..., Tensor]:
+    """Copy a function with its code, under a name of its own.
+
+    Dynamo keeps by code object what it compiled, and by its name which sizes and numbers were seen to change.
+    """
     assert isinstance(function, FunctionType)
-    code = function.__code__.replace(co_name=function.__code__.co_name)
+    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{number}")
     copied = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     copied.__kwdefaults__ = function.__kwdefaults__
     return copied

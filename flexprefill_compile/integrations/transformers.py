@@ -219,8 +219,7 @@ def _try_sparse(
     if isinstance(mask, DeferredMask):
         fits = tuple(mask.shape) == (query.shape[0], 1, query.shape[2], key.shape[2])
         taken = mask.recipe if fits else mask.materialise()
-    formula = describe_formula(taken.mask_function) if isinstance(taken, MaskRecipe) else describe_formula(taken)
-    scaling = given["scaling"]
+    scaling, formula = given["scaling"], _describe_mask(taken, query, key)
     if form is None:
         kind: tuple[object, ...] = (scaling, formula)
         return compiled_attention(_attend_by_sdpa, (*inputs, taken, scaling), kind, settings.config, settings.inductor)
@@ -229,6 +228,15 @@ def _try_sparse(
     return compiled_attention(
         _attend_as_written, (*inputs, taken, form, module, given), kind, settings.config, settings.inductor
     )
+
+
+def _describe_mask(mask: MaskRecipe | Tensor | None, query: Tensor, key: Tensor) -> object:
+    """Return what of a mask decides its formula: numbers that are 0 in one kind of call must not become symbols."""
+    if not isinstance(mask, MaskRecipe):
+        return describe_formula(mask)
+    offsets = [not isinstance(offset, Tensor) and offset == 0 for offset in (mask.q_offset, mask.kv_offset)]
+    formula = describe_formula(mask.mask_function)
+    return formula, mask.padding is None, mask.use_vmap, *offsets, query.shape[2] == key.shape[2]
 
 
 def _refuse(
@@ -300,7 +308,7 @@ def _make_mask(mask: MaskRecipe | Tensor | None, query: Tensor, key: Tensor) -> 
     visible: Tensor = sdpa_mask(
         batch_size=query.shape[0],
         q_length=query.shape[2],
-        kv_length=key.shape[2],
+        kv_length=query.shape[2] if query.shape[2] == key.shape[2] else key.shape[2],  # one symbol, where they are equal
         q_offset=mask.q_offset,
         kv_offset=mask.kv_offset,
         mask_function=mask.mask_function,
