@@ -50,7 +50,7 @@ from .mask_facts import insert_mask_check
 from .mask_sharing import MaskSharing
 from .observation import insert_observation
 from .score_mod import insert_score
-from .sinks import add_sink_block, insert_share_of_keys, insert_sinks
+from .sinks import add_sink_block, are_keys, insert_share_of_keys, insert_sinks
 
 _MASK_MODULE = "flexprefill_causal_mask"  # fixed, because inductor's caches key on it
 
@@ -150,11 +150,11 @@ def _insert_attention(
 ) -> Node:
     """Insert attention over the selected blocks, and the sinks if there are any; return the node of its output."""
     device = example_of(inputs[0]).device
-    if sinks is not None and device.type == "cpu":
+    if sinks is not None and are_keys(device):
         inputs, selection = add_sink_block(insert, sharing.module, inputs, selection, sinks, config.block_size)
     attention = _insert_flex_attention(sharing, lifted, inputs, selection, config, ceiling)
     output = realize_on_cpu(insert, insert(operator.getitem, attention, 0), device)
-    if sinks is None or device.type == "cpu":
+    if sinks is None or are_keys(device):
         return output
     return insert_share_of_keys(insert, output, insert(operator.getitem, attention, 1), sinks)
 
@@ -180,7 +180,7 @@ def _insert_flex_attention(
     ).as_tuple()
     block_mask = (*selection.lengths, *(nodes.get(id(entry), entry) for entry in entries), selection.mask)
     options = choose_kernel_options(config, *examples, is_plain=lifted.is_bare)
-    returns_logsumexp = lifted.site.sinks is not None and examples[0].device.type != "cpu"
+    returns_logsumexp = lifted.site.sinks is not None and not are_keys(examples[0].device)
     options = complete_kernel_options(options, *examples, returns_logsumexp=returns_logsumexp)
     arguments: tuple[Any, ...] = (
         *(*inputs, selection.score, block_mask, lifted.parts.scale, options),

@@ -33,6 +33,11 @@ from .insertion import Insert, Selection, insert_submodule
 aten = torch.ops.aten
 
 
+def are_keys(device: torch.device) -> bool:
+    """Tell whether sinks become keys on a device, because its FlexAttention returns no log-sum-exp."""
+    return device.type == "cpu"
+
+
 def insert_sinks(insert: Insert, sinks: Node) -> Node:
     """Insert the sinks as (H,) float32."""
     flat = insert(torch.ops.aten.to.dtype, insert(torch.flatten, sinks), torch.float32)

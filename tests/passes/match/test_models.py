@@ -104,11 +104,10 @@ def test_output_attentions_keeps_attention_dense() -> None:
     assert {match.reason for match in matches} == {SkipReason.WEIGHTS_USED}
 
 
-def test_sinks_are_reported() -> None:
+def test_sinks_belong_to_the_site() -> None:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
     matches, _ = match_model(tiny_model("gpt_oss", **GQA | experts))
-    assert all(isinstance(match, Skipped) for match in matches)
-    assert [match.reason for match in matches] == [SkipReason.UNRECOGNISED] * 2
+    assert [example_of(match.sinks).shape for match in matches if isinstance(match, AttentionSite)] == [(1, 4, 1, 1)] * 2
 
 
 def test_routers_of_experts_are_no_attention() -> None:
