@@ -14,7 +14,7 @@ def register_transformers() -> None:
         ImportError: transformers is not installed.
     """
     try:
-        from .transformers import register
+        from .transformers import register  # noqa: PLC0415, an extra
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise

@@ -88,7 +88,11 @@ def attend_checked(
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     scores = score_mod(query @ key.mT * scale, *indices, *score_mod_captures).masked_fill(~computed, -torch.inf)
     weights = scores.softmax(-1).masked_fill(~computed, 0)  # a row without keys is zero, not NaN
-    return (weights @ value.to(weights.dtype)).to(query.dtype), scores.logsumexp(-1) / math.log(2), scores.amax(-1) / math.log(2)
+    return (
+        (weights @ value.to(weights.dtype)).to(query.dtype),
+        scores.logsumexp(-1) / math.log(2),
+        scores.amax(-1) / math.log(2),
+    )
 
 
 def check_tables(allowed: Tensor, block_mask: tuple[Any, ...], *, is_dense: bool = True) -> Tensor:

@@ -75,9 +75,9 @@ NO_SINKS = {
         torch.cat([s.view(1, HEADS, 1, 1).expand(BATCH, -1, LENGTH, -1), q @ k.mT + ADDED], -1).softmax(-1)[..., 1:] @ v
     ),
     "of each prompt": lambda q, k, v, s: (
-        torch.cat(
-            [q @ k.mT + ADDED, (q[:, :, :1, :1] + s.view(1, -1, 1, 1)).expand(-1, -1, LENGTH, -1)], -1
-        ).softmax(-1)[..., :-1]
+        torch.cat([q @ k.mT + ADDED, (q[:, :, :1, :1] + s.view(1, -1, 1, 1)).expand(-1, -1, LENGTH, -1)], -1).softmax(
+            -1
+        )[..., :-1]
         @ v
     ),
     "edited sinks": edited_sinks,

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import FlexPrefillBackend
-from ..report import AttentionSkippedError, SkipReason
-from ..settings.config import SparsePrefillConfig
-from ..torch_internals import CAPTURE_ERRORS, without_recompile_limit
+from ...backend import FlexPrefillBackend
+from ...report import AttentionSkippedError, SkipReason
+from ...settings.config import SparsePrefillConfig
+from ...torch_internals import CAPTURE_ERRORS, without_recompile_limit
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +70,13 @@ class CompiledAttention:
             config: The settings of the layer; its ``min_length`` was checked.
             inductor_options: Options of inductor.
         """
-        identity = (attend, kind, config, tuple(sorted(map(repr, inductor_options.items()))), *map(_describe, inputs[:3]))
+        others = tuple(sorted(map(repr, inductor_options.items())))
+        identity = (attend, kind, config, others, *map(_describe, inputs[:3]))
         if identity not in self._kinds:
             options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
             options |= {**inductor_options, "on_skip": "raise"}
-            backend = FlexPrefillBackend()
-            compiled = torch.compile(_copy_function(attend, len(self._kinds)), backend=backend, fullgraph=True, options=options)
+            own, backend = _copy_function(attend, len(self._kinds)), FlexPrefillBackend()
+            compiled = torch.compile(own, backend=backend, fullgraph=True, options=options)
             self._kinds[identity] = _Kind(compiled, backend)
         entry = self._kinds[identity]
         if entry.refusal is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..torch_internals import disabled_torch_function
+from ...torch_internals import disabled_torch_function
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,14 +67,14 @@ class DeferredMask(Tensor):
             self._made = self._make()
         return self._made
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]  # print() gives no more
         """Return the shape; the elements may be many."""
         return f"DeferredMask{tuple(self.shape)}"
 
-    __torch_function__ = disabled_torch_function
+    __torch_function__ = disabled_torch_function  # type: ignore[assignment]  # as torch documents it
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # as torch documents it
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run any operation on the mask as a plain tensor."""

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from flexprefill_compile.passes.layer_config import check_layer_is_known, config_for_layer
 
-from ..settings.config import SparsePrefillConfig, split_options
-from ..settings.device_defaults import resolve_min_length
-from ..settings.policy import Policy
-from ..torch_internals import inductor_option_names
+from ...settings.config import SparsePrefillConfig, split_options
+from ...settings.device_defaults import resolve_min_length
+from ...settings.policy import Policy
+from ...torch_internals import inductor_option_names
 
 _MOST_KEPT = 64
 
@@ -26,12 +26,14 @@ class LayerSettings(NamedTuple):
     Attributes:
         config: What to select, with its ``min_length``; None for a layer that stays dense.
         inductor: Options of inductor.
+        max_mask_elements: Largest mask that is read as it is given.
         on_skip: What to do where the layer has to stay dense.
         layer: Its number; None if the module has none.
     """
 
     config: SparsePrefillConfig | None
     inductor: Mapping[str, Any]
+    max_mask_elements: int
     on_skip: str
     layer: int | None
 
@@ -67,7 +69,9 @@ def find_layer_settings(module: nn.Module, query: Tensor) -> LayerSettings:
     if isinstance(policy, Policy) and num_layers is not None and policy.model.num_layers > num_layers:
         policy.check_model(num_layers, query.shape[1])
     config = config_for_layer(parsed.config, layer, query.shape[1])
-    return LayerSettings(config, parsed.inductor, parsed.config.on_skip, layer)
+    if config is not None:
+        config = dataclasses.replace(config, dense_layers=(), policy=None)  # they have been heard
+    return LayerSettings(config, parsed.inductor, parsed.config.max_mask_elements, parsed.config.on_skip, layer)
 
 
 def _parse(options: Any, device: torch.device) -> _Parsed:
