@@ -38,6 +38,7 @@ class ObservedAttention(NamedTuple):
         rows: (R,) int64, some query rows in ascending order.
         visible: Broadcasts to (B, H, R, Skv), bool, the keys that the mask lets those rows see; None is causal.
         row_bias: Broadcasts likewise, what is added to their scores; None is nothing.
+        sinks: (H,) float32, one more logit for each head, which takes its share of the softmax; None is none.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ObservedAttention(NamedTuple):
     rows: Tensor
     visible: Tensor | None
     row_bias: Tensor | None
+    sinks: Tensor | None = None
 
 
 Observer = Callable[[ObservedAttention], None]
@@ -90,6 +92,7 @@ def _observe(
     rows: Tensor,
     visible: Tensor | None,
     row_bias: Tensor | None,
+    sinks: Tensor | None,
     scale: float,
     softcap: float | None,
     name: str,
@@ -108,6 +111,7 @@ def _observe(
                 rows=rows,
                 visible=visible,
                 row_bias=row_bias,
+                sinks=sinks,
             )
         )
     return output.clone()

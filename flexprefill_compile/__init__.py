@@ -4,6 +4,7 @@ from flexprefill_compile import block_masks
 
 from .decorator import sparse_prefill
 from .explain import explain
+from .integrations import register_transformers
 from .quality.audit.audit import audit
 from .quality.audit.report import AuditReport
 from .quality.calibration.calibrate import Calibration, calibrate
@@ -28,5 +29,6 @@ __all__ = [
     "calibrate",
     "explain",
     "register_estimator",
+    "register_transformers",
     "sparse_prefill",
 ]

@@ -54,8 +54,8 @@ _library.define(
 # ``facts`` those of a MaskFacts, or none.
 _library.define(
     "observe(Tensor output, Tensor query, Tensor key, Tensor value, Tensor[] tables, Tensor[] facts, "
-    "Tensor? score_bias, Tensor rows, Tensor? visible, Tensor? row_bias, float scale, float? softcap, str name) "
-    "-> Tensor",
+    "Tensor? score_bias, Tensor rows, Tensor? visible, Tensor? row_bias, Tensor? sinks, float scale, float? softcap, "
+    "str name) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 

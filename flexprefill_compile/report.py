@@ -111,7 +111,15 @@ class RewriteReport:
 
 
 class AttentionSkippedError(PassesThroughDynamo, RuntimeError):
-    """``on_skip="raise"`` and an attention call has to stay dense."""
+    """``on_skip="raise"`` and an attention call has to stay dense.
+
+    Attributes:
+        site: The call.
+    """
+
+    def __init__(self, site: Skipped) -> None:
+        super().__init__(f"on_skip='raise', and attention call {site.name} stays {_outcome(site)}")
+        self.site = site
 
 
 def check_skips(sites: Iterable[Site]) -> None:
@@ -122,7 +130,7 @@ def check_skips(sites: Iterable[Site]) -> None:
     """
     for site in sites:
         if isinstance(site, Skipped) and not site.reason.is_by_design:
-            raise AttentionSkippedError(f"on_skip='raise', and attention call {site.name} stays {_outcome(site)}")
+            raise AttentionSkippedError(site)
 
 
 def _outcome(site: Site) -> str:

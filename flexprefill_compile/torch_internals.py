@@ -15,11 +15,12 @@ from typing import Any, cast
 
 import torch
 from torch import SymInt, Tensor, nn
+from torch._C import _disabled_torch_function_impl as disabled_torch_function
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._dynamo import config as _dynamo_config
 from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
-from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame
+from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame, Unsupported, UserError
 from torch._guards import tracing
 from torch._higher_order_ops.flex_attention import _permute_strides
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
@@ -35,6 +36,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_kno
 from torch.nn.attention.flex_attention import _apply_kernel_options
 
 __all__ = [
+    "CAPTURE_ERRORS",
     "CONTROL_FLOW",
     "FUSED_ATTENTION",
     "FakeTensor",
@@ -49,6 +51,7 @@ __all__ = [
     "compiler_config",
     "complete_kernel_options",
     "cpp_flex_attention_template",
+    "disabled_torch_function",
     "find_process_group",
     "flex_attention_hop",
     "guard_or_false",
@@ -90,6 +93,9 @@ MARKED_CACHEABLE = "unsafe_marked_cacheable_functions"
 
 # How dynamo steers a compile, and errors meant for the user: never a failed lowering.
 CONTROL_FLOW = (RestartAnalysis, SkipFrame, PassesThroughDynamo)
+
+# What dynamo raises where it can't capture a function as one graph.
+CAPTURE_ERRORS = (Unsupported, UserError)
 
 # Attention inside one call together with its projections: what nn.MultiheadAttention and nn.TransformerEncoderLayer
 # leave in a dynamo graph.
@@ -222,11 +228,13 @@ def _copy_graph(graph: Graph) -> Graph:
     return copied
 
 
-def complete_kernel_options(options: dict[str, Any], query: Tensor, key: Tensor, value: Tensor) -> dict[str, Any]:
-    """Add the options that FlexAttention's op expects beside the user's, for inference without auxiliary outputs."""
+def complete_kernel_options(
+    options: dict[str, Any], query: Tensor, key: Tensor, value: Tensor, *, returns_logsumexp: bool = False
+) -> dict[str, Any]:
+    """Add the options that FlexAttention's op expects beside the user's, for inference."""
     with torch.no_grad():
         completed = _apply_kernel_options(query, key, value, return_lse=False, kernel_options=cast("Any", options))
-    return dict(completed)
+    return dict(completed) | ({"OUTPUT_LOGSUMEXP": True} if returns_logsumexp else {})
 
 
 def attention_strides(output: Tensor, query: Tensor) -> tuple[int, ...]:

@@ -144,7 +144,7 @@ def _refuse_kernel(lifted: LiftedSite, config: SparsePrefillConfig) -> str | Non
         return None
     query, key, value = (example_of(x) for x in (lifted.site.query, lifted.site.key, lifted.site.value))
     query = torch.empty_like(query, dtype=lifted.site.dtype)  # as autocast casts it
-    return refuse_flash(config, query, key, value, is_plain=lifted.is_plain)
+    return refuse_flash(config, query, key, value, is_plain=lifted.is_bare)
 
 
 def find_signatures(graph_module: GraphModule, config: SparsePrefillConfig) -> list[object]:

@@ -21,7 +21,7 @@ FLOORS = (
     ("commands",),
     ("__init__",),
     ("quality", "tasks", "bench", "models"),
-    ("decorator", "explain"),
+    ("decorator", "explain", "integrations"),
     ("backend",),
     ("passes",),
     ("block_masks",),

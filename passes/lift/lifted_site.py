@@ -62,6 +62,11 @@ class LiftedSite:
         # What is_causal means was settled by the matcher, with a guard where it had to.
         return is_alone and (self.parts.mask is None or statically_known_true(query_length == key_length))
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is plain and has no sinks, as every dense kernel computes it."""
+        return self.is_plain and self.site.sinks is None
+
 
 logger = logging.getLogger(__name__)
 

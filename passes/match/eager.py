@@ -3,6 +3,8 @@
     weights = softmax(matmul(query, key.transpose(2, 3)) * scale + mask, dim=-1)
     out = matmul(weights, value)                                                  ->  scores Logits(...)
 
+Sinks, one more logit for each head, may be joined to the logits (sinks.py).
+
 A softmax is attention's if its input is made of a product of batches of matrices and its result goes into another one:
 not that of a router of experts, nor of sampling. Attention in a form that is not understood to the last operation is
 Skipped.
@@ -31,6 +33,7 @@ from .logits import (
 from .operands import is_edited, merges_heads, share_key_heads, undo_upcast
 from .prefill_lengths import refuse_lengths
 from .refusals import Refusal, refuse_decode, refuse_dropout, refuse_gradient, refuse_heads, refuse_tensors
+from .sinks import are_edited, find_sinks
 from .site import AttentionSite, Logits, describe_shapes
 
 
@@ -53,7 +56,9 @@ def match_eager(softmax: Node, config: SparsePrefillConfig) -> AttentionSite | S
         if not is_attention_of_matrices(softmax, logits):
             return None
         return Skipped(name_of(softmax), describe_shapes(None, None), SkipReason.UNRECOGNISED, "no batch and no heads")
-    parts = read_parts(softmax, undo_row_shift(logits))
+    logits = undo_row_shift(logits)
+    sinks = find_sinks(softmax, logits)
+    parts = read_parts(softmax, sinks.logits if sinks else logits, sinks)
     if isinstance(parts, str):
         reason, detail = refuse_decode(example_of(logits)) or (SkipReason.UNRECOGNISED, parts)
         return Skipped(name_of(softmax), describe_shapes(None, None), reason, detail)
@@ -90,6 +95,7 @@ def _describe(parts: Parts) -> AttentionSite:
         scale=None,
         dtype=example_of(parts.output).dtype,
         shapes=describe_shapes(example_of(query), example_of(key)),
+        sinks=parts.sinks.node if parts.sinks else None,
     )
 
 
@@ -136,6 +142,8 @@ def _refuse_edits(parts: Parts) -> Refusal | None:
     for operand in parts[:3]:
         if is_edited(operand, parts.output):
             return SkipReason.UNRECOGNISED, f"{operand.node.name} is edited in place"
+    if parts.sinks is not None and are_edited(parts.sinks, parts.output):
+        return SkipReason.UNRECOGNISED, f"{parts.sinks.node.name} or what it is joined to is edited in place"
     return None
 
 

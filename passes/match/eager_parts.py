@@ -13,6 +13,7 @@ from ..graph.nodes import argument, example_of, first_input
 from ..graph.operations import CASTS, DROPOUT, VIEWS, is_last_dimension, live_users, operation, product_operands
 from .logits import LogitsTrace, holds_product, is_product, trace_logits
 from .operands import Operand, split_heads, transpose_back
+from .sinks import Sinks
 
 
 class WeightsTrace(NamedTuple):
@@ -20,7 +21,7 @@ class WeightsTrace(NamedTuple):
 
     Attributes:
         products: Those of the weights with a value.
-        steps: The softmax, then the casts, views and dropout of its result.
+        steps: The softmax, or its result without the sinks, then the casts, views and dropout of that.
         others: What else uses any of these.
     """
 
@@ -37,6 +38,7 @@ class Parts(NamedTuple):
     value: Operand
     logits: LogitsTrace
     weights: WeightsTrace
+    sinks: Sinks | None = None
 
     @property
     def output(self) -> Node:
@@ -44,9 +46,9 @@ class Parts(NamedTuple):
         return self.weights.products[0]
 
 
-def read_parts(softmax: Node, logits: Node) -> Parts | str:
+def read_parts(softmax: Node, logits: Node, sinks: Sinks | None = None) -> Parts | str:
     """Take an attention apart, or return what about it is not understood."""
-    trace, weights = trace_logits(logits), _follow_weights(softmax)
+    trace, weights = trace_logits(logits), _follow_weights(sinks.weights if sinks else softmax)
     if not is_last_dimension(argument(softmax, 1, "dim"), example_of(logits).dim()):
         return "softmax over another dimension than the last"
     if not weights.products:
@@ -63,11 +65,11 @@ def read_parts(softmax: Node, logits: Node) -> Parts | str:
     query, key, value = operands
     if query is None or key is None or value is None:
         return "query, key or value not known to be (B, H, S, D)"
-    return Parts(query, key, value, trace, weights)
+    return Parts(query, key, value, trace, weights, sinks)
 
 
-def _follow_weights(softmax: Node) -> WeightsTrace:
-    products, steps, others = [], [softmax], []
+def _follow_weights(weights: Node) -> WeightsTrace:
+    products, steps, others = [], [weights], []
     for node in steps:  # which grows meanwhile
         for user in live_users(node):
             if is_product(user) and product_operands(user)[0] is node and product_operands(user)[1] is not node:

@@ -116,6 +116,8 @@ class AttentionSite:
         dtype: What the attention returns; query, key and value may differ from it, under autocast or where they are
             cast on their way into the product.
         shapes: The sizes, for the report.
+        sinks: The node of (1, H, 1, 1), one more logit for each head that takes its share of the softmax and adds
+            nothing to the output; None is none.
     """
 
     node: Node
@@ -127,11 +129,13 @@ class AttentionSite:
     scale: float | None
     dtype: torch.dtype
     shapes: AttentionShapes
+    sinks: Node | None = None
 
     @property
     def signature(self) -> tuple[object, ...]:
         """What decides how inductor lowers the site: equal signatures succeed or fail alike."""
-        return self.shapes, describe_shape(example_of(self.value)), self.dtype, *self.scores.signature
+        value = describe_shape(example_of(self.value))
+        return self.shapes, value, self.dtype, self.sinks is not None, *self.scores.signature
 
 
 def describe_shape(tensor: Any) -> str:

@@ -23,7 +23,7 @@ import math
 import operator
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,12 +44,13 @@ from ..lift.lifted_site import LiftedSite
 from ..match.site import AttentionSite, Masked
 from .cpu_workarounds import realize_on_cpu
 from .density_branches import insert_branches
-from .insertion import Insert, insert_submodule, start_inserting
+from .insertion import Insert, Selection, insert_submodule, start_inserting
 from .kernel_options import choose_kernel_options
 from .mask_facts import insert_mask_check
 from .mask_sharing import MaskSharing
 from .observation import insert_observation
 from .score_mod import insert_score, insert_temperature
+from .sinks import add_sink_block, are_keys, insert_share_of_keys, insert_sinks
 
 _MASK_MODULE = "flexprefill_causal_mask"  # fixed, because inductor's caches key on it
 
@@ -81,11 +82,11 @@ def rewrite_attention(
             inputs[0] = insert_mask_check(sharing.graph, sharing.captured, lifted, query, key, site.scores.mask)
         select = _select_causal if lifted.is_plain else _select_masked
         selection = select(insert, lifted, config, sharing, inputs)
-        attention = _insert_attention(sharing, lifted, inputs, selection, config, ceiling)
-        output = insert(operator.getitem, attention, 0)
-        output = realize_on_cpu(insert, output, example_of(output).device)
+        sinks = None if site.sinks is None else insert_sinks(insert, site.sinks)
+        output = _insert_attention(insert, sharing, lifted, inputs, selection, sinks, config, ceiling)
         if observed_rows:
-            output = insert_observation(insert, lifted, sharing, (output, *inputs), selection.tables, observed_rows)
+            tensors = (output, *inputs)
+            output = insert_observation(insert, lifted, sharing, tensors, selection.tables, sinks, observed_rows)
         output = _restore_layout(insert, output, site)
     site.node.replace_all_uses_with(output)
     sharing.graph.erase_node(site.node)
@@ -98,29 +99,9 @@ def _insert_input(insert: Insert, site: AttentionSite, x: Node) -> Node:
     return realize_on_cpu(insert, x, example_of(x).device)
 
 
-class _Selection(NamedTuple):
-    """Which blocks to compute, and what FlexAttention applies in them.
-
-    Attributes:
-        tables: The nodes of a BlockTables.
-        lengths: Of queries and keys, nodes or constants.
-        mask: The node of the mask_mod.
-        mask_captures: What the mask_mod takes after its indices.
-        score: The node of the score_mod.
-        score_captures: What the score_mod takes after the score and its indices.
-    """
-
-    tables: tuple[Node, ...]
-    lengths: tuple[Any, Any]
-    mask: Node
-    mask_captures: tuple[Any, ...]
-    score: Node
-    score_captures: tuple[Any, ...]
-
-
 def _select_causal(
     insert: Insert, lifted: LiftedSite, config: SparsePrefillConfig, sharing: MaskSharing, inputs: list[Node]
-) -> _Selection:
+) -> Selection:
     """Insert the op that selects blocks of causal attention. The op's arguments key inductor's caches."""
     tables = insert(
         torch.ops.flexprefill.select_blocks.default, *inputs, lifted.parts.scale, *config.selection, name="tables"
@@ -128,12 +109,12 @@ def _select_causal(
     length = sharing.captured.measure(inputs[0], inputs[1]).query_length
     mask = insert_submodule(sharing.module, _MASK_MODULE, causal_mask)
     score, score_captures = insert_score(lifted, sharing)
-    return _Selection(_unpack(insert, tables), (length, length), mask, (), score, score_captures)
+    return Selection(_unpack(insert, tables), (length, length), mask, (), score, score_captures)
 
 
 def _select_masked(
     insert: Insert, lifted: LiftedSite, config: SparsePrefillConfig, sharing: MaskSharing, inputs: list[Node]
-) -> _Selection:
+) -> Selection:
     """Insert what the mask's layers share, unless an earlier layer did, and the op that selects blocks under it."""
     parts = lifted.parts
     shared = sharing.describe(lifted, inputs[0], inputs[1])
@@ -145,7 +126,7 @@ def _select_masked(
         name="tables",
     )
     score, score_captures = insert_score(lifted, sharing)
-    return _Selection(
+    return Selection(
         tables=_unpack(insert, tables),
         lengths=(shared.sizes.query_length, shared.sizes.key_length),
         mask=insert_submodule(sharing.module, shared.name, shared.module),
@@ -160,10 +141,31 @@ def _unpack(insert: Insert, tables: Node) -> tuple[Node, ...]:
 
 
 def _insert_attention(
+    insert: Insert,
     sharing: MaskSharing,
     lifted: LiftedSite,
     inputs: list[Node],
-    selection: _Selection,
+    selection: Selection,
+    sinks: Node | None,
+    config: SparsePrefillConfig,
+    ceiling: DensityCeiling | None,
+) -> Node:
+    """Insert attention over the selected blocks, and the sinks if there are any; return the node of its output."""
+    device = example_of(inputs[0]).device
+    if sinks is not None and are_keys(device):
+        inputs, selection = add_sink_block(insert, sharing.module, inputs, selection, sinks, config.block_size)
+    attention = _insert_flex_attention(sharing, lifted, inputs, selection, config, ceiling)
+    output = realize_on_cpu(insert, insert(operator.getitem, attention, 0), device)
+    if sinks is None or are_keys(device):
+        return output
+    return insert_share_of_keys(insert, output, insert(operator.getitem, attention, 1), sinks)
+
+
+def _insert_flex_attention(
+    sharing: MaskSharing,
+    lifted: LiftedSite,
+    inputs: list[Node],
+    selection: Selection,
     config: SparsePrefillConfig,
     ceiling: DensityCeiling | None,
 ) -> Node:
@@ -179,12 +181,14 @@ def _insert_attention(
         tables, examples[0].shape[-2], examples[1].shape[-2], config.block_size
     ).as_tuple()
     block_mask = (*selection.lengths, *(nodes.get(id(entry), entry) for entry in entries), selection.mask)
-    options = complete_kernel_options(choose_kernel_options(config, *examples, is_plain=lifted.is_plain), *examples)
+    options = choose_kernel_options(config, *examples, is_plain=lifted.is_bare)
+    returns_logsumexp = lifted.site.sinks is not None and not are_keys(examples[0].device)
+    options = complete_kernel_options(options, *examples, returns_logsumexp=returns_logsumexp)
     arguments: tuple[Any, ...] = (
         *(*inputs, selection.score, block_mask, lifted.parts.scale, options),
         *(selection.score_captures, selection.mask_captures),
     )
-    if ceiling is not None and lifted.is_plain and (ceiling.binds_flash or options.get("BACKEND") != "FLASH"):
+    if ceiling is not None and lifted.is_bare and (ceiling.binds_flash or options.get("BACKEND") != "FLASH"):
         operands = [*inputs, *selection.tables]
         attention = insert_branches(sharing.module, operands, arguments, selection.lengths[0], ceiling)
     else:
@@ -192,7 +196,8 @@ def _insert_attention(
     query, value = examples[0], examples[2]
     output = query.new_empty(*query.shape[:-1], value.shape[-1])
     output = output.new_empty_strided(output.shape, attention_strides(output, query))
-    attention.meta = lifted.site.node.meta | {"example_value": (output,)}
+    logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    attention.meta = lifted.site.node.meta | {"example_value": (output, logsumexp)}
     return attention
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,26 @@ from ..graph.nodes import example_of
 
 # Takes a function and its arguments, nodes or constants, and perhaps a name; adds the call and returns its node.
 Insert = Callable[..., Node]
+
+
+class Selection(NamedTuple):
+    """Which blocks to compute, and what FlexAttention applies in them.
+
+    Attributes:
+        tables: The nodes of a BlockTables.
+        lengths: Of queries and keys, nodes or constants.
+        mask: The node of the mask_mod.
+        mask_captures: What the mask_mod takes after its indices.
+        score: The node of the score_mod.
+        score_captures: What the score_mod takes after the score and its indices.
+    """
+
+    tables: tuple[Node, ...]
+    lengths: tuple[Any, Any]
+    mask: Node
+    mask_captures: tuple[Any, ...]
+    score: Node
+    score_captures: tuple[Any, ...]
 
 
 def start_inserting(graph: Graph, call: Node) -> Insert:

@@ -78,7 +78,7 @@ def refuse_flash(
         f"device {query.device.type}": not query.is_cuda,
         "flash-attn-4 is not installed: pip install 'flexprefill-compile[flash]'": not is_flash_available(),
         f"a GPU of compute capability {capability}": capability not in _FLASH_CAPABILITIES.get(wanted, ()),
-        "a mask or bias other than causal": not is_plain,
+        "a mask or bias other than causal, or sinks": not is_plain,
         f"block_size {config.block_size}, not {_FLASH_BLOCK_SIZE}": config.block_size != _FLASH_BLOCK_SIZE,
         "max_budget, which narrows the tables": config.max_budget is not None,
         f"dtype {query.dtype}": query.dtype not in _FLASH_DTYPES,

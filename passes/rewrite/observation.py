@@ -31,6 +31,7 @@ def insert_observation(
     sharing: MaskSharing,
     tensors: Sequence[Node],
     tables: Sequence[Node],
+    sinks: Node | None,
     num_rows: int,
 ) -> Node:
     """Insert the op that shows the call to observers; return the node to use in place of the output."""
@@ -42,7 +43,7 @@ def insert_observation(
     return insert(
         torch.ops.flexprefill.observe.default,
         *(*tensors, list(tables), list(shared.facts if shared else ()), score_bias, rows, visible, row_bias),
-        *(parts.scale, parts.softcap, lifted.site.name),
+        *(sinks, parts.scale, parts.softcap, lifted.site.name),
     )
 
 

@@ -6,6 +6,7 @@ Uncompiled, FlexAttention's op ignores the block tables. The reference here comp
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -70,7 +71,8 @@ def attend_checked(
     """Attend as FlexAttention's op does, over the blocks of the tables alone.
 
     Returns:
-        The output (B, H, S, Dv), zero in rows without keys, the logsumexp and the maximum of the scores, (B, H, S).
+        The output (B, H, S, Dv), zero in rows without keys, the logsumexp and the maximum of the scores, to the base
+        2, (B, H, S).
 
     Raises:
         TableError: The tables leave out a pair that the mask_mod allows, or a full block has one that it forbids.
@@ -85,7 +87,7 @@ def attend_checked(
     scores = score_mod(scores, *indices, *score_mod_captures).masked_fill(~computed, -torch.inf)
     weights = scores.softmax(-1).masked_fill(~computed, 0)  # a row without keys is zero, not NaN
     output = (weights.float() @ value).to(query.dtype)
-    return _lay_out(output, query), scores.logsumexp(-1), scores.amax(-1)
+    return _lay_out(output, query), scores.logsumexp(-1) / math.log(2), scores.amax(-1) / math.log(2)
 
 
 def find_allowed(query: Tensor, key: Tensor, block_mask: tuple[Any, ...], captures: Sequence[Any] = ()) -> Tensor:

@@ -104,7 +104,11 @@ def check_site(match: AttentionSite | Skipped | None, values: dict[Node, Any]) -
             assert match.scale is None
             assert (steps[0], steps[-1]) == (scores, logits)
             logit_values = values[logits].view(*query.shape[:-1], key.shape[-2])
-            output = logit_values.float().softmax(-1).to(match.dtype) @ value
+            joined = [logit_values.float()]
+            if match.sinks is not None:
+                joined.append(values[match.sinks].float().expand(*logit_values.shape[:-1], 1))
+            weights = torch.cat(joined, dim=-1).softmax(-1)[..., : logit_values.shape[-1]]
+            output = weights.to(match.dtype) @ value
             if operation(scores) != "baddbmm":
                 torch.testing.assert_close(
                     values[scores].view_as(logit_values).float(), (query @ key.mT).float(), **tolerance

@@ -133,6 +133,9 @@ def _measure_rows(call: ObservedAttention, selected: Tensor, prompt: int, kv_hea
         attention = scores.masked_fill(~visible, -torch.inf).softmax(-1).masked_fill(~sees.unsqueeze(-1), 0)
         by_block = sum_blocks(attention, block_size)
         dense = attention @ value
+        if call.sinks is not None:
+            logsumexp = scores.masked_fill(~visible, -torch.inf).logsumexp(-1)
+            dense = dense * torch.sigmoid(logsumexp - call.sinks[heads, None]).unsqueeze(-1)
         squares = torch.stack([(output - dense).square().sum(-1), dense.square().sum(-1)], dim=-1)
         recall = (by_block * selected[prompt, heads, rows]).sum(-1).clamp(max=1)
         parts.append(_Rows(recall, squares, by_block, sees))

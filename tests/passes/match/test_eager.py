@@ -87,8 +87,7 @@ def hidden_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q[:, 0] @ k[:, 0].mT + ADDED).softmax(-1) @ v[:, 0]
 
 
-def sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """GPT-OSS's way."""
+def sinks_of_each_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     logits = torch.cat([q @ k.mT + ADDED, torch.ones(BATCH, HEADS, LENGTH, 1)], dim=-1)
     return logits.softmax(-1)[..., :-1] @ v
 
@@ -119,7 +118,7 @@ def widened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 NOT_RECOGNISED = {
-    "sinks": sinks,
+    "sinks of each query": sinks_of_each_query,
     "einsum": lambda q, k, v: torch.einsum(
         "bhqk,bhkd->bhqd", (torch.einsum("bhqd,bhkd->bhqk", q, k) + ADDED).softmax(-1), v
     ),

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 from flexprefill_compile.passes.graph.nodes import example_of
 from flexprefill_compile.passes.graph.operations import operation
 from flexprefill_compile.passes.match.site import AttentionSite, Logits, Masked
-from flexprefill_compile.report import Skipped, SkipReason
+from flexprefill_compile.report import SkipReason
 
 LENGTH, HEADS = 40, 4
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": HEADS, "vocab_size": 99}
@@ -104,11 +104,12 @@ def test_output_attentions_keeps_attention_dense() -> None:
     assert {match.reason for match in matches} == {SkipReason.WEIGHTS_USED}
 
 
-def test_sinks_are_reported() -> None:
+def test_sinks_belong_to_the_site() -> None:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
     matches, _ = match_model(tiny_model("gpt_oss", **GQA | experts))
-    assert all(isinstance(match, Skipped) for match in matches)
-    assert [match.reason for match in matches] == [SkipReason.UNRECOGNISED] * 2
+    assert [example_of(match.sinks).shape for match in matches if isinstance(match, AttentionSite)] == [
+        (1, 4, 1, 1)
+    ] * 2
 
 
 def test_routers_of_experts_are_no_attention() -> None:

@@ -33,6 +33,7 @@ def test_an_observed_call_passes_opcheck() -> None:
         rows,
         None,
         None,
+        torch.zeros(query.shape[1]),
         0.25,
         None,
         "attention",
