@@ -89,7 +89,8 @@ def prefill_dense(model: Model, prompt: Prompt) -> Tensor:
     Raises:
         UsageError: It is no causal language model.
     """
-    with torch.no_grad():
+    # Parts of the model may have been compiled on their own.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         return _read_logits(uncompiled_call(model)(*prompt.args, **prompt.kwargs), prompt.tokens)
 
 

@@ -12,8 +12,9 @@ from flexprefill_compile.block_masks.layout import count_causal_blocks
 from flexprefill_compile.block_masks.observed_attention import ObservedAttention
 from flexprefill_compile.passes.layer_config import config_for_layer, number_layer
 
+from ...backend import flexprefill
 from ...settings.config import SparsePrefillConfig, split_options
-from ...torch_internals import inductor_option_names
+from ...torch_internals import compile_settings, inductor_option_names
 from ..model_prefill import Model, Prompt, prefill_dense
 from ..predictions import compare_predictions
 from .attention_call import BlockPicture, CallMeasurement, measure_call
@@ -43,7 +44,8 @@ def audit(
     Args:
         model: A Hugging Face causal language model, or what returns logits of (B, S, vocabulary) as it does.
         *args: Its inputs, the (B, S) tokens first unless ``input_ids`` gives them.
-        options: As for ``torch.compile``; prompts are sparse from two blocks on unless ``min_length`` is given.
+        options: As for ``torch.compile``; None is what the model was compiled or decorated with, or else the defaults.
+            Prompts are sparse from two blocks on unless ``min_length`` is given.
         rows: Query rows of each head to compute exactly, spread over the prompt.
         progress: Called with a few words at each step.
         **kwargs: Its inputs by name; tokens that a (B, S) ``attention_mask`` hides don't count.
@@ -53,6 +55,8 @@ def audit(
             rewritten.
         InvalidOptionError: An unknown option, or a value out of range.
     """
+    if options is None:
+        options = compile_settings(model, flexprefill.__name__).get("options")
     config, _ = split_options(options, inductor_option_names())
     prompt = Prompt(args, kwargs)
     prompt.check_length(config.block_size)

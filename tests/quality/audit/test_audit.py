@@ -14,7 +14,7 @@ from helpers.checked_attention import without_code_generation
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flexprefill_compile import AuditReport, SparsePrefillConfig, audit
+from flexprefill_compile import AuditReport, SparsePrefillConfig, audit, sparse_prefill
 from flexprefill_compile.block_masks.estimators.flexprefill.masked_representative import ScoreRule
 from flexprefill_compile.block_masks.layout import BlockTables
 from flexprefill_compile.block_masks.observed_attention import ObservedAttention
@@ -127,3 +127,16 @@ class Bidirectional(nn.Module):
 def test_a_mistake_gives_one_sentence(make: Callable[[], nn.Module], inputs: tuple[Any, ...], message: str) -> None:
     with without_code_generation(), pytest.raises(UsageError, match=message):
         audit(make(), *inputs, options=OPTIONS)
+
+
+def test_a_model_that_is_compiled_is_audited_with_its_own_options_against_its_dense_self() -> None:
+    class Decorated(type(llama())):  # type: ignore[misc]
+        pass
+
+    sparse_prefill(**OPTIONS, min_length=32)(Decorated)
+    model = llama()
+    model.__class__ = Decorated
+    report = audit(model, tokens(), rows=8)
+    assert report.options == OPTIONS | {"min_length": 32}
+    assert len(report.calls) == 2
+    assert report.predictions == audit(llama(), tokens(), options=OPTIONS, rows=8).predictions
