@@ -172,7 +172,7 @@ def compile_settings(model: Callable[..., Any], backend_name: str) -> dict[str, 
         backend_name: Of the backend; what was compiled for others does not count.
 
     Returns:
-        ``dynamic``, and ``options`` or ``mode`` if they were given; empty if the model was not compiled for the backend.
+        ``dynamic``, and ``options`` or ``mode`` if they were given; empty if it was not so compiled.
     """
     for part in (model, getattr(model, "_compiled_call_impl", None), getattr(model, "forward", None)):
         wrapper = _find_backend(part)
@@ -187,7 +187,7 @@ def _find_backend(compiled: Any) -> Any:
     context = getattr(function, "dynamo_ctx", None)
     if context is None and inspect.isfunction(function) and hasattr(function, "_torchdynamo_orig_callable"):
         context = inspect.getclosurevars(function).nonlocals.get("self")
-    backend = getattr(context, "callback", None)
+    backend: Any = getattr(context, "callback", None)
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
     return backend

@@ -17,6 +17,7 @@ from ...settings.config import SparsePrefillConfig, split_options
 from ...torch_internals import compile_settings, inductor_option_names
 from ..model_prefill import Model, Prompt, prefill_dense
 from ..predictions import compare_predictions
+from ..sparsity import check_sparsity
 from .attention_call import BlockPicture, CallMeasurement, measure_call
 from .observe import prefill_observed
 from .pattern import find_patterns
@@ -51,18 +52,19 @@ def audit(
         **kwargs: Its inputs by name; tokens that a (B, S) ``attention_mask`` hides don't count.
 
     Raises:
-        UsageError: The model is no causal language model, the text is shorter than two blocks, or no attention call was
-            rewritten.
+        UsageError: The model is no causal language model, every block of the text would be computed, or no attention
+            call was rewritten.
         InvalidOptionError: An unknown option, or a value out of range.
     """
     if options is None:
         options = compile_settings(model, flexprefill.__name__).get("options")
     config, _ = split_options(options, inductor_option_names())
     prompt = Prompt(args, kwargs)
-    prompt.check_length(config.block_size)
+    check_sparsity(prompt.tokens.shape[1], config)
     say = progress or (lambda _: None)
     say("dense prefill")
-    dense_logits = prefill_dense(model, prompt).cpu()
+    with torch.compiler.set_stance("force_eager"):  # parts of the model may be compiled on their own
+        dense_logits = prefill_dense(model, prompt).cpu()
     say("compiling")
     auditor = _Auditor(config, say)
     options = {"min_length": 2 * config.block_size} | dict(options or {})

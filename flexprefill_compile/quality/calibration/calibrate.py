@@ -19,7 +19,7 @@ from .measurement_log import MeasurementLog, describe_code, describe_inputs, has
 from .text_measurer import TextMeasurer
 
 # gamma and min_budget of each rung, cheap ones first; dense attention is the rung above them.
-_RUNGS = (
+RUNGS = (
     *((0.7, 128), (0.8, 256), (0.9, 256), (0.9, 512)),
     *((0.95, 512), (0.95, 1024), (0.98, 1024), (0.99, 2048)),
 )
@@ -54,7 +54,7 @@ def calibrate(
     *,
     max_loss_increase: float = 0.01,
     config: SparsePrefillConfig = SparsePrefillConfig(estimator="auto"),
-    rungs: Sequence[tuple[float, int]] = _RUNGS,
+    rungs: Sequence[tuple[float, int]] = RUNGS,
     layers_at_once: int = 1,
     max_runs: int = 100,
     runs_path: Path | None = None,
@@ -72,7 +72,7 @@ def calibrate(
         config: What the layers have in common: the estimator and block_size.
         rungs: gamma and min_budget of each rung of the ladder.
         layers_at_once: How many neighbouring layers share their settings.
-        max_runs: Measurements at most, and at least one for each rung and each part.
+        max_runs: Measurements at most; fewer than the rungs compare settings of the whole model only.
         runs_path: A file that keeps the measurements and spares those that it holds.
         on_run: Called after each: how many there are, whether it was kept from before, what it is, the best so far.
 
