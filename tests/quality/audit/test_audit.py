@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -140,3 +141,18 @@ def test_a_model_that_is_compiled_is_audited_with_its_own_options_against_its_de
     assert report.options == OPTIONS | {"min_length": 32}
     assert len(report.calls) == 2
     assert report.predictions == audit(llama(), tokens(), options=OPTIONS, rows=8).predictions
+
+
+def test_the_pictures_of_heads_have_fixed_scales_and_titles_that_fit(report: AuditReport) -> None:
+    from flexprefill_compile.quality.audit.plots import _draw_blocks, _draw_heads  # noqa: PLC0415
+
+    images = [image for axes in _draw_heads(report).axes[:2] for image in axes.images]
+    assert [image.get_clim() for image in images] == [(0, 1), (0, 1)]
+    long = dataclasses.replace(report.pictures[0], name="model.language_model.transformer.layers.17.self_attention")
+    figure = _draw_blocks(dataclasses.replace(report, pictures=(long, *report.pictures[1:])))
+    figure.draw_without_rendering()
+    for axes in figure.axes[:2]:
+        title = axes.title.get_window_extent()
+        assert title.width <= axes.bbox.width * 1.15
+        assert figure.bbox.contains(*title.p0)
+        assert figure.bbox.contains(*title.p1)
