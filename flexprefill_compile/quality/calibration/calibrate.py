@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...settings.config import SparsePrefillConfig
+from ...settings.config import SparsePrefillConfig, check_config
 from ...settings.policy import LayerPolicy, ModelShape, Policy
 from .additive_model import Levels
 from .ladder import Measurement, Search
@@ -78,7 +78,9 @@ def calibrate(
 
     Raises:
         UsageError: A text is too short, the bound out of range, or no attention of the model can be sparse.
+        InvalidOptionError: ``config`` is no ``SparsePrefillConfig``.
     """
+    check_config(config)
     check_bound(max_loss_increase)
     if not texts:
         raise UsageError("calibrate must be given a text, got none")

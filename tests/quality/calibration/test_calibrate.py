@@ -19,7 +19,7 @@ from flexprefill_compile.quality.calibration.text_measurer import TextMeasurer
 from flexprefill_compile.quality.model_prefill import Prompt, prefill_dense, prefill_sparse
 from flexprefill_compile.quality.predictions import sum_loss
 from flexprefill_compile.quality.swapped_attention import attend_selected, swapped_attention
-from flexprefill_compile.settings.config import SparsePrefillConfig
+from flexprefill_compile.settings.config import InvalidOptionError, SparsePrefillConfig
 from flexprefill_compile.settings.policy import LayerPolicy, ModelShape
 
 BOUND = 0.01
@@ -155,6 +155,11 @@ def test_layers_with_a_window_are_written_as_dense(text: Tensor) -> None:
     assert found.policy.model.num_layers == 2
     assert found.policy.of_layer(0) == LayerPolicy(dense=True)
     assert list(found.densities) == [1]
+
+
+def test_a_dict_as_config_is_refused(model: LlamaForCausalLM, text: Tensor) -> None:
+    with pytest.raises(InvalidOptionError, match="config must be a SparsePrefillConfig"):
+        calibrate(model, [text], config={"estimator": "auto"})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("length", [64, 77])
