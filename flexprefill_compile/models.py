@@ -1,4 +1,4 @@
-"""Load a Hugging Face causal language model and a text to prefill, with one clear sentence for what is missing."""
+"""Load a Hugging Face causal language model and a text to prefill; errors say in one sentence what is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``flexprefill audit``: what sparse prefill of one text with one model kept and lost."""
+"""``flexprefill audit``: what a model lost in the sparse prefill of a text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Load, audit, print the report, and write the files that were asked for.
 
     Raises:
-        UsageError: A file, a package or a device is missing, or the model or the text won't do.
+        UsageError: A file, a package or a device is missing, the model is no causal language model, or every block of
+            the text would be computed.
         InvalidOptionError: An option is out of range.
     """
     with needs_extra("hf", "audit"):

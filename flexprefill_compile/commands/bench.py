@@ -1,4 +1,4 @@
-"""``flexprefill bench``: the attention of one layer, by stage, beside dense attention, the floors and any peer."""
+"""``flexprefill bench``: times the attention of one layer, by stage, beside dense attention, lower bounds and peers."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print a table of totals and one of stages, and write the files that were asked for.
 
-    A row that doesn't fit into memory, that a model or file can't give or that stays dense gets a note, not figures.
+    A row gets a note instead of figures if it does not fit into memory, its inputs can't be made or it stays dense.
 
     Raises:
-        UsageError: The device isn't there, the heads don't match, or a peer or file won't do.
+        UsageError: The device is not there, the heads don't match, or a peer, a model, a file or a package is missing.
         InvalidOptionError: An option is out of range.
     """
     config = _read_config(arguments)

@@ -99,7 +99,7 @@ def _read_shape(arguments: argparse.Namespace) -> DecoderShape:
 
 
 def choose_budget(length: int, density: float, block_size: int) -> int:
-    """Return the ``max_budget`` in tokens with which rows that want every block compute this share of the causal ones.
+    """Return the ``max_budget`` in tokens that gives a density, if each row computes as many blocks as it may.
 
     A row of i blocks computes min(i, b) of them: of n rows b n - b^2 / 2, against n^2 / 2 in all.
     """

@@ -1,4 +1,4 @@
-"""The command ``flexprefill``: arguments in, a table out, one clear sentence for each mistake."""
+"""The command ``flexprefill`` and its table of commands; a mistake of the user's prints one sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import audit, bench, bench_model, calibrate, demo, evaluate, explain, tun
 
 
 class Command(Protocol):
-    """A file of this folder. What needs an extra of the package, it imports in its run.
+    """A file of this folder. It imports what needs an extra of the package in ``run``.
 
     Attributes:
         HELP: What the command does, as ``flexprefill --help`` prints it.

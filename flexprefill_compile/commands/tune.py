@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Time dense and sparse attention of one layer at growing lengths, print both, and keep the break-even length.
 
     Raises:
-        UsageError: The device or the heads won't do.
+        UsageError: The device is not there, or the heads don't match.
     """
     device, heads = check_device(arguments.device), arguments.heads
     kind = device.partition(":")[0]
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def compute_break_even_length(times: Sequence[tuple[int, float, float]]) -> int:
-    """Return the length from which on sparse is as fast at each length: twice the longest where it never is.
+    """Return the length from which on sparse is as fast at each length; twice the longest if there is none.
 
     Args:
         times: Length in tokens, dense and sparse time, by growing length.

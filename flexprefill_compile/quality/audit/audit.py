@@ -83,7 +83,7 @@ def audit(
 
 
 def _is_plain(value: object) -> bool:
-    """Tell whether JSON gives a value back as it is."""
+    """Tell whether a value survives JSON unchanged."""
     return value is None or isinstance(value, bool | int | float | str)
 
 

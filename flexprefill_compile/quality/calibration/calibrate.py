@@ -123,7 +123,7 @@ def calibrate(
 
 
 def _create_policy(model: nn.Module, heads: dict[int, int], chosen: dict[int, LayerPolicy]) -> Policy:
-    """Return the policy; attention that can't be measured here is not made sparse by it either."""
+    """Return the policy; layers that could not be measured stay dense in it."""
     shape = ModelShape(
         architecture=type(model).__name__, num_layers=max(heads) + 1, num_heads=heads[next(iter(chosen))]
     )

@@ -1,4 +1,4 @@
-"""The search of ``calibrate``: a rung of a ladder of settings for each part of a model, as cheap as a bound allows.
+"""The search of ``calibrate``: for each part of a model, the cheapest rung of a ladder of settings within a bound.
 
     every rung, all parts on it       how loss falls and cost rises along the ladder; rungs that cost more and lose
                                       more than another leave it
@@ -158,7 +158,7 @@ class Search:
         )
 
     def _approach(self, model: AdditiveModel) -> None:
-        """Measure what the model predicts to fit; scale its predictions by what came out; again."""
+        """Measure the setting predicted to fit, scale the predictions by the result, and repeat."""
         goal, largest_fitting, smallest_failing = self.max_increase, 0.0, math.inf
         for _ in range(_CORRECTIONS):
             if not self._has_runs():
