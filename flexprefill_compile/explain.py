@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +39,23 @@ def explain(
     Raises:
         InvalidOptionError: An unknown option, or a value out of range.
     """
+    report = report_calls(model, args, kwargs, options, autograd=autograd)
+    print(report)
+    return report
+
+
+def report_calls(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
+    *,
+    autograd: bool = False,
+) -> RewriteReport:
+    """Do what ``explain`` does, without printing."""
     split_options(options, inductor_option_names())  # dict() takes more than mappings
     backend = FlexPrefillBackend(warns=False)
     settings = compile_settings(model, backend.__name__) if options is None else {"options": dict(options)}
     with torch.set_grad_enabled(autograd), without_recompile_limit():
         torch.compile(uncompiled_call(model), backend=backend, **settings)(*args, **kwargs)
-    print(backend.report)
     return backend.report

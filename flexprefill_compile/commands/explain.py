@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..explain import explain
+from ..explain import report_calls
 from ..settings.config import SparsePrefillConfig
 from .shared.arguments import add_prompt, add_selection, read_selection
 from .shared.checks import needs_extra
@@ -39,4 +39,5 @@ def run(arguments: argparse.Namespace) -> None:
         prompt = load_prompt(arguments)
         console.print(prompt.description, highlight=False)
         step("compiling")
-        explain(prompt.model, prompt.tokens, options=options)
+        report = report_calls(prompt.model, (prompt.tokens,), {}, options)
+    console.print(str(report), highlight=False, markup=False, soft_wrap=True)
