@@ -16,18 +16,19 @@ from flexprefill_compile.block_masks import create_prefill_block_mask
 
 def test_compiled_flex_attention_takes_the_selection_and_uncompiled_warns() -> None:
     query, key = (x.float() for x in random_qk(0, 1, 2, 1, 300, 16))
+    value = torch.randn_like(key)
     mask = create_prefill_block_mask(query, key, SparsePrefillConfig(block_size=32, min_budget=0, gamma=0.3))
-    dense = scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+    dense = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        sparse = torch.compile(flex_attention)(query, key, key, block_mask=mask, enable_gqa=True)
+        sparse = torch.compile(flex_attention)(query, key, value, block_mask=mask, enable_gqa=True)
     assert not [warning for warning in caught if "not compiled" in str(warning.message)]
     visible = mask.to_dense().bool().repeat_interleave(32, 2).repeat_interleave(32, 3)[:, :, :300, :300].tril()
-    exact = scaled_dot_product_attention(query, key, key, attn_mask=visible, enable_gqa=True)
+    exact = scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)
     assert (sparse - exact).abs().max() < 1e-5
     assert (sparse - dense).abs().max() > 0.01
     with pytest.warns(UserWarning, match="it ignores the selected blocks and computes dense causal attention"):
-        uncompiled = flex_attention(query, key, key, block_mask=mask, enable_gqa=True)
+        uncompiled = flex_attention(query, key, value, block_mask=mask, enable_gqa=True)
     assert (uncompiled - dense).abs().max() < 1e-5
 
 
