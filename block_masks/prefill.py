@@ -8,6 +8,7 @@ Everything is batched over prompts and heads. No GPU sync.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexprefill_compile.ops import SELECT_BLOCKS, index_width
-from flexprefill_compile.settings.config import SparsePrefillConfig
+from flexprefill_compile.settings.config import SparsePrefillConfig, check_config
 
 from .estimators.inputs import EstimatorInputs
 from .estimators.table import find_row
@@ -31,7 +32,7 @@ def create_prefill_block_mask(
     """Select the blocks of one causal prefill, as a BlockMask for a compiled ``flex_attention``.
 
     The mask holds no transposed tables, so it serves the forward pass only. Uncompiled, ``flex_attention`` ignores
-    the selection and computes dense causal attention.
+    the selection, computes dense causal attention, and the mask warns of it.
 
     Args:
         query: (B, H, S, D), floating point.
@@ -40,19 +41,36 @@ def create_prefill_block_mask(
         scale: Factor on the scores, 1 / sqrt(D) by default.
 
     Raises:
-        ValueError: The shapes, dtypes or devices don't fit.
+        ValueError: The shapes, dtypes or devices don't fit, or ``config`` is no ``SparsePrefillConfig``.
     """
+    check_config(config)
     _check_query_and_key(query, key)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     length = query.shape[-2]
     num_blocks = count_blocks(length, config.block_size)
     tables = select_prefill_tables(query, key, None, scale, config, num_blocks)
-    return create_block_mask(tables, length, length, config.block_size)
+    return create_block_mask(tables, length, length, config.block_size, kind=_SelectedBlocks)
 
 
-def create_block_mask(tables: BlockTables, query_length: int, key_length: int, block_size: int) -> BlockMask:
-    """Wrap packed tables as a BlockMask with a causal mask_mod."""
-    return BlockMask.from_kv_blocks(
+class _SelectedBlocks(BlockMask):
+    """A BlockMask whose tables leave out what its mask_mod allows, which uncompiled ``flex_attention`` can't see."""
+
+    def as_tuple(self, flatten: Any = True) -> Any:
+        """Return what ``flex_attention`` takes; warn if it is not compiled, for it reads the mask_mod alone."""
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                "flex_attention is not compiled: it ignores the selected blocks and computes dense causal attention. "
+                "Call torch.compile(flex_attention)",
+                stacklevel=3,
+            )
+        return super().as_tuple(flatten)
+
+
+def create_block_mask(
+    tables: BlockTables, query_length: int, key_length: int, block_size: int, kind: type[BlockMask] = BlockMask
+) -> BlockMask:
+    """Wrap packed tables as a BlockMask, or a kind of it, with a causal mask_mod."""
+    return kind.from_kv_blocks(
         *tables,
         BLOCK_SIZE=block_size,
         mask_mod=causal_mask,

@@ -1,5 +1,7 @@
 """Sparse prefill for any PyTorch model: ``torch.compile(model, backend="flexprefill")``."""
 
+from importlib.metadata import version as _version
+
 from flexprefill_compile import block_masks
 
 from .decorator import sparse_prefill
@@ -12,6 +14,8 @@ from .report import AttentionSkippedError, RewriteReport, SkipReason
 from .settings.config import InvalidOptionError, SparsePrefillConfig
 from .settings.policy import LayerPolicy, ModelShape, Policy
 from .settings.registry import register_estimator
+
+__version__ = _version("flexprefill-compile")
 
 __all__ = [
     "AttentionSkippedError",

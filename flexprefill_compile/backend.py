@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from flexprefill_compile.passes.rewrite.cpu_workarounds import repaired_cpu_temp
 from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass, find_signatures
 
 from .parallel.agreement import agree_first
-from .report import RewriteReport, Site, check_skips
+from .report import RewriteReport, Site, SkipReason, check_skips
 from .settings.config import DensityCeiling, InvalidOptionError, SparsePrefillConfig, split_options
 from .settings.device_defaults import resolve_ceiling, resolve_min_length
 from .torch_internals import (
@@ -48,10 +49,15 @@ class FlexPrefillBackend:
 
     __name__ = "flexprefill"
 
-    def __init__(self, observed_rows: int = 0) -> None:
-        """Take how many query rows of each rewritten attention ``observe_attention`` is to see; 0 is not to observe."""
+    def __init__(self, observed_rows: int = 0, *, warns: bool = True) -> None:
+        """Prepare an empty report.
+
+        Args:
+            observed_rows: How many query rows of each rewritten attention ``observe_attention`` sees; 0 observes none.
+            warns: Whether to warn, once, of attention that stays dense because it runs under autograd.
+        """
         self.report = RewriteReport()
-        self.observed_rows = observed_rows
+        self.observed_rows, self.warns = observed_rows, warns
 
     def __call__(
         self,
@@ -83,6 +89,9 @@ class FlexPrefillBackend:
             graph_module, example_inputs, config, config_patches, ceiling, self.observed_rows
         )
         self.report = RewriteReport(self.report.sites + tuple(sites))
+        if self.warns and any(site.reason is SkipReason.GRADIENT for site in sites):
+            self.warns = False
+            warnings.warn("attention stays dense under autograd: call the model under torch.no_grad()", stacklevel=2)
         if spread is not None and spread.calls:
             return agree_first(compiled, spread.group, config, spread.calls, spread.length, example_inputs)
         return compiled

@@ -1,5 +1,5 @@
-"""What the command line says when it can't do what was asked."""
+"""The error for a mistake of the user's, such as a wrong path on the command line."""
 
 
 class UsageError(Exception):
-    """Something the user can set right; its text is the whole message."""
+    """A mistake that the user can mend; its text is the whole message."""

@@ -1,16 +1,21 @@
-"""Load a Hugging Face causal language model and a text to prefill, with one clear sentence for what is missing."""
+"""Load a Hugging Face causal language model and a text to prefill; errors say in one sentence what is missing."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 from transformers.utils import logging
 
+from .devices import check_device
 from .errors import UsageError
 
 # The package carries the model as a file; its code, which needs llama.cpp, is never imported.
@@ -29,26 +34,74 @@ def load_model(path: Path | None, device: str, dtype: torch.dtype | None = None)
     Raises:
         UsageError: No such file, package or device, or no causal language model.
     """
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"device must be cpu or cuda, got {device!r}")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"device {device} is not available")
+    device = check_device(device)
+    path = find_model(path)
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    source = {"gguf_file": path.name} if path.is_file() else {}
+    folder = path.parent if path.is_file() else path
+    with _quiet_transformers(), _failing_as(path, "a causal language model"):
+        config = AutoConfig.from_pretrained(folder, **source)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation="sdpa", **source
+        )
+    with _quiet_transformers(), _failing_as(path, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **source)
+    return model.eval().to(device), tokenizer
+
+
+def find_model(path: Path | None) -> Path:
+    """Return the folder or GGUF file to load, checked as far as that takes no time.
+
+    Raises:
+        UsageError: There is none, or it is no model.
+    """
     path = _find_default_model() if path is None else path
     if not path.exists():
         raise UsageError(f"no model at {path}")
-    source: dict[str, Any] = {}
     if path.is_file():
-        path, source["gguf_file"] = path.parent, path.name
-    if dtype is None:
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UsageError(f"{path} is not a GGUF file: a model is a Hugging Face folder or a GGUF file")
+    elif not (path / "config.json").exists():
+        inside = next(iter(sorted(path.glob("*.gguf"))), None)
+        hint = "a model is a Hugging Face folder or a GGUF file" if inside is None else f"do you mean {inside}?"
+        raise UsageError(f"no config.json in {path}: {hint}")
+    return path
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and warnings of its own future from the user."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    gguf: Any = modeling_gguf_pytorch_utils
+    bars = getattr(gguf, "tqdm", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        if bars is not None:
+            gguf.tqdm = functools.partial(bars, disable=True)
+        try:
+            yield
+        finally:
+            if bars is not None:
+                gguf.tqdm = bars
+
+
+@contextlib.contextmanager
+def _failing_as(path: Path, what: str) -> Iterator[None]:
+    """Turn what transformers raises of files, which may be anything, into one sentence.
+
+    Raises:
+        UsageError: It raised.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **source)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", **source)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"transformers finds no causal language model in {path}: {_first_line(error)}") from None
-    return model.eval().to(device), tokenizer
+        yield
+    except Exception as error:
+        reason = _first_line(error).rstrip(":. ") or type(error).__name__
+        if path.is_file():
+            raise UsageError(f"can't read {what} from {path}, the file may be broken: {reason}") from None
+        raise UsageError(f"transformers finds no {what.removeprefix('a ')} in {path}: {reason}") from None
 
 
 def read_tokens(tokenizer: Any, path: Path | None, max_tokens: int) -> tuple[Tensor, str]:
@@ -65,11 +118,25 @@ def read_tokens(tokenizer: Any, path: Path | None, max_tokens: int) -> tuple[Ten
     Raises:
         UsageError: No such file, or not a text of two tokens.
     """
-    text, name = _read_default_text() if path is None else (_read_text(path), path.name)
+    text, name = read_text(path)
     tokens: Tensor = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_tokens).input_ids
     if tokens.shape[1] < 2:
         raise UsageError(f"{name} is too short: {tokens.shape[1]} token")
     return tokens, name
+
+
+def read_text(path: Path | None) -> tuple[str, str]:
+    """Return a text and its name; None is the licences that Debian ships, or else Python's language reference.
+
+    Raises:
+        UsageError: No such file, or it is no text.
+    """
+    if path is None:
+        return _read_default_text()
+    try:
+        return path.read_text(encoding="utf-8"), path.name
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"can't read the text {path}: {_first_line(error)}") from None
 
 
 def _find_default_model() -> Path:
@@ -89,13 +156,6 @@ def _read_default_text() -> tuple[str, str]:
     from pydoc_data.topics import topics  # noqa: PLC0415  (a long text that comes with Python)
 
     return "\n".join(topics[name] for name in sorted(topics)), "Python's language reference"
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"can't read the text {path}: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -6,11 +6,12 @@ Checked on torch 2.11 to 2.15. What a new torch release moves or renames is repa
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -47,6 +48,7 @@ __all__ = [
     "PassesThroughDynamo",
     "TransformGetItemToIndex",
     "attention_strides",
+    "compile_settings",
     "compile_with_inductor",
     "compiler_config",
     "complete_kernel_options",
@@ -182,7 +184,42 @@ def compile_with_inductor(
 def uncompiled_call(model: Callable[..., Any]) -> Callable[..., Any]:
     """Return what calling a model means without the compilation it may have had, hooks included."""
     model = getattr(model, "_orig_mod", model)
-    return model._call_impl if isinstance(model, nn.Module) else model
+    if not isinstance(model, nn.Module):
+        return model
+    forward = getattr(type(model).forward, "_torchdynamo_orig_callable", None)
+    if forward is not None:  # a class whose forward is compiled
+        model = copy.copy(model)
+        model.forward = MethodType(forward, model)
+    return model._call_impl
+
+
+def compile_settings(model: Callable[..., Any], backend_name: str) -> dict[str, Any]:
+    """Return the arguments of ``torch.compile`` with which a model was compiled for a backend.
+
+    Args:
+        model: A function or nn.Module: compiled, compiled in place, of a class whose forward is, or none of these.
+        backend_name: Of the backend; what was compiled for others does not count.
+
+    Returns:
+        ``dynamic``, and ``options`` or ``mode`` if they were given; empty if it was not so compiled.
+    """
+    for part in (model, getattr(model, "_compiled_call_impl", None), getattr(model, "forward", None)):
+        wrapper = _find_backend(part)
+        if getattr(wrapper, "compiler_name", None) == backend_name:
+            return {"dynamic": wrapper.dynamic, **wrapper.kwargs}
+    return {}
+
+
+def _find_backend(compiled: Any) -> Any:
+    """Return what calls the backend of a compiled module, function or method; None if it is not compiled."""
+    function = getattr(compiled, "__func__", compiled)
+    context = getattr(function, "dynamo_ctx", None)
+    if context is None and inspect.isfunction(function) and hasattr(function, "_torchdynamo_orig_callable"):
+        context = inspect.getclosurevars(function).nonlocals.get("self")
+    backend: Any = getattr(context, "callback", None)
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return backend
 
 
 def make_fx_under(fake_mode: FakeTensorMode, function: Callable[..., Any], *examples: Any) -> GraphModule:

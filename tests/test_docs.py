@@ -81,6 +81,26 @@ def test_the_estimator_that_the_docs_show_runs() -> None:
     assert (densities[0] < 1).all()
 
 
+def test_flex_attention_as_the_docs_call_it_runs(recwarn: pytest.WarningsRecorder) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "masks-and-shapes.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(example, "docs/masks-and-shapes.md", "exec"), names)
+    assert names["output"].shape == (1, 8, 4096, 64)
+    assert not [warning for warning in recwarn if "not compiled" in str(warning.message)]
+
+
+def test_the_model_that_the_docs_deploy_runs_sparse(model_folder: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
+    model, _ = models.load_model(model_folder, "cpu")
+    with record_densities() as densities:
+        shorter = example.replace("16384", "4224").replace('"auto"', '"flexprefill"')
+        exec(
+            compile(shorter, "docs/deploy.md", "exec"),
+            {"model": model, "input_ids": torch.ones(1, 4, dtype=torch.long)},
+        )
+    assert len(densities) == 2
+
+
 def test_the_policy_file_that_the_docs_show_is_one(tmp_path: Path) -> None:
     (shown,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "estimators.md").read_text(), re.DOTALL)
     (tmp_path / "policy.json").write_text(shown)

@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+
+
+def check_plot(path: Path | None) -> None:
+    """Check that a picture can be drawn; None is no picture.
+
+    Raises:
+        UsageError: The extra "plot" or the folder is missing, or the format is unknown.
+    """
+    if path is None:
+        return
+    formats = _create_figure(1, "").canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in formats:
+        raise UsageError(f"can't write the plot {path}: its name must end in one of {', '.join(sorted(formats))}")
+    if not path.parent.is_dir():
+        raise UsageError(f"can't write the plot {path}: there is no folder {path.parent}")
+
+
+def _create_figure(num_panels: int, title: str) -> Any:
+    """Make a figure of panels side by side, with a title that fits over them.
+
+    Raises:
+        UsageError: The extra "plot" is missing.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415  (needs the extra "plot")
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--plot needs {error.name}: pip install 'flexprefill-compile[plot]'") from None
+    figure = Figure(figsize=(5 * num_panels, 4.5), layout="constrained")
+    figure.suptitle(textwrap.fill(title, 55 * num_panels), fontsize=11)
+    return figure
 
 
 def plot_runs(runs: Sequence[dict[str, Any]], title: str, path: Path) -> None:
@@ -20,14 +51,9 @@ def plot_runs(runs: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     Raises:
         UsageError: The extra "plot" is missing, or the format is unknown.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415  (needs the extra "plot")
-    except ModuleNotFoundError as error:
-        raise UsageError(f"--plot needs {error.name}: pip install 'flexprefill-compile[plot]'") from None
     measured = [run for run in runs if "note" not in run]
     kinds = list(dict.fromkeys(run["inputs"] for run in measured))
-    figure = Figure(figsize=(5 * max(1, len(kinds)), 4.5), layout="constrained")
-    figure.suptitle(title)
+    figure = _create_figure(max(1, len(kinds)), title)
     for number, kind in enumerate(kinds, start=1):
         axes = figure.add_subplot(1, len(kinds), number)
         own = [run for run in measured if run["inputs"] == kind]

@@ -1,4 +1,4 @@
-"""``flexprefill bench``: the attention of one layer, by stage, beside dense attention, the floors and any peer."""
+"""``flexprefill bench``: times the attention of one layer, by stage, beside dense attention, lower bounds and peers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bench.defaults import describe_defaults
 from ..bench.inputs.kinds import INPUT_KINDS, create_inputs
 from ..bench.inputs.saved import SAVED, load_inputs
 from ..bench.measure_layer import measure_layer
 from ..bench.peers import Peer, load_peer
-from ..bench.plot import plot_runs
+from ..bench.plot import check_plot, plot_runs
 from ..bench.tables import format_stages, format_totals
 from ..bench.timing.rates import measure_rates
 from ..errors import UsageError
 from ..report import AttentionSkippedError
 from ..settings.config import KERNEL_BACKENDS, SparsePrefillConfig
 from ..settings.device_defaults import name_device
-from .shared.arguments import add_layer_shape, positive
-from .shared.checks import check_device, check_heads
+from .shared.arguments import ESTIMATOR_HELP, add_layer_shape, positive
+from .shared.checks import check_device_kind, check_file, check_heads, needs_extra
 
 HELP = "time the attention of one layer, by stage, beside dense attention"
 
@@ -33,34 +34,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     config = SparsePrefillConfig
     add_layer_shape(parser)
-    parser.add_argument("--inputs", nargs="*", default=["structured", "random"], choices=INPUT_KINDS)
-    parser.add_argument("--model", type=Path, help="where real inputs come from, as for demo (SmolLM2-135M-Instruct)")
+    parser.add_argument(
+        "--inputs", nargs="*", default=["structured", "random"], choices=INPUT_KINDS, help="kinds of inputs"
+    )
+    text = "the model of real inputs: a Hugging Face folder or a GGUF file (default: SmolLM2-135M-Instruct)"
+    parser.add_argument("--model", type=Path, metavar="PATH", help=text)
     parser.add_argument("--saved", type=Path, metavar="FILE", help="also a (query, key, value) of torch.save")
-    parser.add_argument("--lengths", type=positive, nargs="+", default=[8192, 32768, 131072], metavar="N")
-    parser.add_argument("--gamma", type=float, default=config.gamma, help="share of attention to reach")
-    parser.add_argument("--min-budget", type=int, default=config.min_budget, metavar="N")
-    parser.add_argument("--max-budget", type=positive, metavar="N", help="tokens of a row to compute at most")
-    parser.add_argument("--estimator", default="flexprefill", metavar="NAME", help="how blocks are chosen")
-    parser.add_argument("--max-density", type=float, help="also time the call as it runs under this ceiling")
-    parser.add_argument("--kernel-backend", default=config.kernel_backend, choices=KERNEL_BACKENDS)
+    lengths = [8192, 32768, 131072]
+    parser.add_argument("--lengths", type=positive, nargs="+", default=lengths, metavar="N", help="tokens of a prompt")
+    parser.add_argument("--gamma", type=float, default=config.gamma, metavar="N", help="share of attention to reach")
+    text = "tokens that each query row computes at least"
+    parser.add_argument("--min-budget", type=int, default=config.min_budget, metavar="N", help=text)
+    text = "tokens that each query row computes at most (default: no limit)"
+    parser.add_argument("--max-budget", type=positive, metavar="N", help=text)
+    parser.add_argument("--estimator", default=config.estimator, metavar="NAME", help=ESTIMATOR_HELP)
+    text = "also time the call under this ceiling on its share of blocks"
+    parser.add_argument("--max-density", type=float, metavar="SHARE", help=text)
+    text = "FlexAttention's kernel on a GPU"
+    parser.add_argument("--kernel-backend", default=config.kernel_backend, choices=KERNEL_BACKENDS, help=text)
     parser.add_argument("--calls", type=positive, default=15, metavar="N", help="timed calls of each kind, at most")
-    parser.add_argument("--peer", action="append", default=[], help="module:function to time beside ours, f(q, k, v)")
-    parser.add_argument("--json", type=Path, help="a file for all figures")
-    parser.add_argument("--plot", type=Path, help="a file for a picture (extra 'plot')")
+    text = "module:function to time beside ours, f(q, k, v); may be repeated"
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME", help=text)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="a file for all figures")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a file for a picture; needs the extra 'plot'")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print a table of totals and one of stages, and write the files that were asked for.
 
-    A row that doesn't fit into memory, that a model or file can't give or that stays dense gets a note, not figures.
+    A row gets a note instead of figures if it does not fit into memory, its inputs can't be made or it stays dense.
 
     Raises:
-        UsageError: The device isn't there, the heads don't match, or a peer or file won't do.
+        UsageError: The device is not there, the heads don't match, or a peer, a model, a file or a package is missing.
         InvalidOptionError: An option is out of range.
     """
     config = _read_config(arguments)
-    check_device(arguments.device)
+    arguments.device = check_device_kind(arguments.device)
     check_heads(arguments.heads)
+    check_file(arguments.json)
+    check_plot(arguments.plot)
+    if "real" in arguments.inputs:
+        _check_model(arguments.model)
     peers = {path: load_peer(path) for path in arguments.peer}
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     rates = measure_rates(arguments.device, dtype)
@@ -81,13 +95,29 @@ def run(arguments: argparse.Namespace) -> None:
     print(format_totals(rows))
     if stages := format_stages(rows):
         print(stages)
+    for line in describe_defaults(rows, torch.device(arguments.device)):
+        print(line)
+    if arguments.json:
+        print(f"wrote {arguments.json}")
     if arguments.plot:
         plot_runs(rows, title, arguments.plot)
+        print(f"wrote {arguments.plot}")
 
 
 def _read_config(arguments: argparse.Namespace) -> SparsePrefillConfig:
     names = ("gamma", "min_budget", "max_budget", "max_density", "estimator", "kernel_backend")
     return SparsePrefillConfig(**{name: getattr(arguments, name) for name in names})
+
+
+def _check_model(path: Path | None) -> None:
+    """Check the model of real inputs.
+
+    Raises:
+        UsageError: The extra "hf" or the model is missing.
+    """
+    with needs_extra("hf", "--inputs real"):
+        from ..models import find_model  # noqa: PLC0415  (needs the extra "hf")
+    find_model(path)
 
 
 def _measure_row(

@@ -19,6 +19,7 @@ from flexprefill_compile.block_masks import record_densities
 
 from ..backend import FlexPrefillBackend
 from ..bench.decoder import Decoder, DecoderShape, Layer, create_decoder, run_layer
+from ..bench.defaults import describe_defaults
 from ..bench.inputs.kinds import create_inputs
 from ..bench.ranks import KINDS, WAYS, RankBench, measure_on_ranks, start_ranks
 from ..bench.timing.clocks import time_ms
@@ -27,24 +28,31 @@ from ..errors import UsageError
 from ..settings.config import SparsePrefillConfig
 from ..text_table import format_table
 from .shared.arguments import add_layer_shape, positive
-from .shared.checks import check_device
+from .shared.checks import check_device_kind, check_file, check_heads
 
 HELP = "time a Llama-shaped model with random weights to its first token, dense and sparse"
 
 _CALLS = 3
 _COLUMNS = ("parallel", "tokens", "kind", "first token", "peak a card", "collectives", "blocks", "uneven")
 _LINE = "{:10}{:>9}  {:8}{:>14}{:>13}{:>13}{:>8}{:>8}"
+_SIZES = {
+    "layers": "number of layers",
+    "hidden": "width of the model",
+    "intermediate": "width inside the feed-forward net",
+    "vocabulary": "number of tokens it knows",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_layer_shape(parser, head_dim=False)
     shape = DecoderShape()
-    for name in ("layers", "hidden", "intermediate", "vocabulary"):
-        parser.add_argument(f"--{name}", type=positive, default=getattr(shape, name), metavar="N")
-    parser.add_argument("--lengths", type=positive, nargs="+", default=[8192, 32768, 131072], metavar="N")
-    parser.add_argument("--density", type=float, default=0.25, help="share of the causal blocks to compute")
-    parser.add_argument("--json", type=Path, help="a file for the figures")
+    for name, text in _SIZES.items():
+        parser.add_argument(f"--{name}", type=positive, default=getattr(shape, name), metavar="N", help=text)
+    lengths = [8192, 32768, 131072]
+    parser.add_argument("--lengths", type=positive, nargs="+", default=lengths, metavar="N", help="tokens of a prompt")
+    parser.add_argument("--density", type=float, default=0.25, metavar="SHARE", help="share of the blocks to compute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="a file for the figures")
     ranks = parser.add_argument_group("under torchrun")
     ranks.add_argument("--parallel", nargs="+", default=list(WAYS), choices=WAYS, help="how ranks share a prefill")
     ranks.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="of attention")
@@ -59,7 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: The device isn't there, or the density is out of range.
     """
-    check_device(arguments.device)
+    arguments.device = check_device_kind(arguments.device)
+    check_heads(arguments.heads)
+    check_file(arguments.json)
     if not 0 < arguments.density <= 1:
         raise UsageError(f"density must be in (0, 1], got {arguments.density}")
     shape = _read_shape(arguments)
@@ -81,6 +91,10 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     print(format_table(("tokens", "blocks", "fastest dense", "sparse", "speed-up"), [_describe(row) for row in rows]))
+    for line in describe_defaults(rows, torch.device(arguments.device)):
+        print(line)
+    if arguments.json:
+        print(f"wrote {arguments.json}")
 
 
 def _run_on_ranks(arguments: argparse.Namespace, shape: DecoderShape) -> None:
@@ -138,7 +152,7 @@ def _read_shape(arguments: argparse.Namespace) -> DecoderShape:
 
 
 def choose_budget(length: int, density: float, block_size: int) -> int:
-    """Return the ``max_budget`` in tokens with which rows that want every block compute this share of the causal ones.
+    """Return the ``max_budget`` in tokens that gives a density, if each row computes as many blocks as it may.
 
     A row of i blocks computes min(i, b) of them: of n rows b n - b^2 / 2, against n^2 / 2 in all.
     """

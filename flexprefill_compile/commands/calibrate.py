@@ -8,14 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..devices import check_device
 from ..errors import UsageError
-from ..quality.calibration.calibrate import Calibration, calibrate, check_bound, check_text
+from ..quality.calibration.calibrate import RUNGS, Calibration, calibrate, check_bound, check_text
 from ..quality.calibration.ladder import Measurement
 from ..settings.config import SparsePrefillConfig
 from ..settings.policy import Policy
 from ..text_table import format_table
-from .shared.arguments import positive
-from .shared.checks import needs_extra
+from .shared.arguments import ESTIMATOR_HELP, add_device, add_model, positive
+from .shared.checks import check_file, needs_extra
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,18 +27,24 @@ HELP = "find the cheapest settings by layer that keep a model's loss within a bo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     block_size = SparsePrefillConfig.block_size
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the policy goes, as JSON")
-    parser.add_argument("--model", type=Path, help="a Hugging Face model folder or a GGUF file (SmolLM2)")
+    default = Path("policy.json")
+    parser.add_argument("--output", type=Path, default=default, metavar="FILE", help="a JSON file for the policy")
+    add_model(parser)
     parser.add_argument(
-        "--text", type=Path, nargs="+", default=[], metavar="FILE", help="text files (licence texts of this machine)"
+        "--text", type=Path, nargs="+", default=[], metavar="FILE", help="text files (default: licences)"
     )
     parser.add_argument("--tokens", type=positive, default=8192, metavar="N", help="tokens of each text, at most")
-    parser.add_argument("--bound", type=float, default=0.01, help="by how much of itself perplexity may grow")
-    parser.add_argument("--estimator", default="auto", help="how blocks are chosen")
-    parser.add_argument("--block-size", type=positive, default=block_size, metavar="N")
-    parser.add_argument("--layers-at-once", type=positive, default=1, metavar="N", help="layers set alike")
-    parser.add_argument("--max-runs", type=positive, default=100, metavar="N", help="measurements, at most")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--bound", type=float, default=0.01, metavar="SHARE", help="allowed growth of perplexity: 0.01 is 1 %%"
+    )
+    parser.add_argument("--estimator", default="auto", metavar="NAME", help=ESTIMATOR_HELP)
+    parser.add_argument("--block-size", type=positive, default=block_size, metavar="N", help="tokens a block")
+    parser.add_argument(
+        "--layers-at-once", type=positive, default=1, metavar="N", help="neighbouring layers that share settings"
+    )
+    text = f"measurements, at most; fewer than {len(RUNGS)} compare settings of the whole model only"
+    parser.add_argument("--max-runs", type=positive, default=100, metavar="N", help=text)
+    add_device(parser, "cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -52,18 +59,22 @@ def run(arguments: argparse.Namespace) -> None:
     with needs_extra("hf", "calibrate"):
         from rich.console import Console  # noqa: PLC0415  (needs the extra "hf")
 
-        from ..models import load_model, read_tokens  # noqa: PLC0415
+        from ..models import find_model, load_model, read_text, read_tokens  # noqa: PLC0415
         from .shared.progress import show_steps  # noqa: PLC0415
     config = SparsePrefillConfig(estimator=arguments.estimator, block_size=arguments.block_size)
     output: Path = arguments.output
     check_bound(arguments.bound)
-    if not output.parent.is_dir():
-        raise UsageError(f"no folder {output.parent} for the policy")
+    check_file(output)
+    existing = Policy.load(output) if output.exists() else None
+    check_device(arguments.device)
+    find_model(arguments.model)
+    for path in arguments.text:
+        read_text(path)
     console = Console()
     with show_steps(console) as step:
         step("loading the model")
         model, tokenizer = load_model(arguments.model, arguments.device)
-        _check_output(output, model)
+        _check_output(output, existing, model)
         texts = [read_tokens(tokenizer, path, arguments.tokens) for path in arguments.text or (None,)]
         for tokens, source in texts:
             console.print(f"{source}: {tokens.shape[1]} tokens", highlight=False)
@@ -115,11 +126,11 @@ def summarise(found: Calibration, bound: float, config: SparsePrefillConfig, out
     )
 
 
-def _check_output(output: Path, model: Any) -> None:
-    """Refuse to write over what is not a policy of this model."""
-    if not output.exists():
+def _check_output(output: Path, existing: Policy | None, model: Any) -> None:
+    """Refuse to write over a policy of another model."""
+    if existing is None:
         return
-    of, own = Policy.load(output).model, model.config.get_text_config()
+    of, own = existing.model, model.config.get_text_config()
     if (of.architecture, of.num_heads) != (type(model).__name__, own.num_attention_heads):
         raise UsageError(
             f"{output} is a policy for another model, {of.architecture} with {of.num_heads} heads: "

@@ -1,20 +1,22 @@
-"""The command ``flexprefill``: arguments in, a table out, one clear sentence for each mistake."""
+"""The command ``flexprefill`` and its table of commands; a mistake of the user's prints one sentence."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
+from .. import __version__
 from ..errors import UsageError
 from ..settings.config import InvalidOptionError
-from . import audit, bench, bench_model, calibrate, demo, evaluate, tune
+from . import audit, bench, bench_model, calibrate, demo, evaluate, explain, tune
 
 
 class Command(Protocol):
-    """A file of this folder. What needs an extra of the package, it imports in its run.
+    """A file of this folder. It imports what needs an extra of the package in ``run``.
 
     Attributes:
         HELP: What the command does, as ``flexprefill --help`` prints it.
@@ -35,6 +37,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "demo": demo,
+    "explain": explain,
     "audit": audit,
     "calibrate": calibrate,
     "evaluate": evaluate,
@@ -52,20 +55,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _create_parser().parse_args(arguments)
     try:
         _check_ranks(options.command)
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers and torch, to their own callers
+            options.run(options)
     except (UsageError, InvalidOptionError) as error:
         print(f"flexprefill: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to each option that has one; several values as they are typed."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action.default, list) and action.default:
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
 def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flexprefill", description="Sparse prefill for PyTorch models.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}", help="print the version")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(
-            name, help=command.HELP, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        subparser = subparsers.add_parser(name, help=command.HELP, formatter_class=_HelpFormatter)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run, command=name)
     return parser

@@ -23,6 +23,7 @@ from ..settings.config import SparsePrefillConfig
 from ..text_table import format_table
 from .shared.arguments import add_prompt, add_selection, positive, read_selection
 from .shared.checks import needs_extra
+from .shared.prompt import check_prompt, load_prompt
 
 HELP = "prefill a real model dense and sparse, and compare"
 
@@ -74,17 +75,14 @@ def run(arguments: argparse.Namespace) -> None:
     with needs_extra("hf", "the demo"):
         from rich.console import Console  # noqa: PLC0415  (needs the extra "hf")
 
-        from ..models import load_model, read_tokens  # noqa: PLC0415
         from .shared.progress import show_steps  # noqa: PLC0415
     config = SparsePrefillConfig(**read_selection(arguments), min_length=min(arguments.tokens, 4096))
+    check_prompt(arguments)
     console = Console()
     with show_steps(console) as step:
         step("loading the model")
-        model, tokenizer = load_model(arguments.model, arguments.device)
-        tokens, source = read_tokens(tokenizer, arguments.text, arguments.tokens)
-        tokens = tokens.to(arguments.device)
-        size = f"{tokens.shape[1]} tokens, {model.num_parameters() / 1e6:.0f}M parameters"
-        console.print(f"{source}: {size}, {arguments.device}")
+        model, tokenizer, tokens, description = load_prompt(arguments)
+        console.print(description)
 
         backend = FlexPrefillBackend()
         dense = Prefill(torch.compile(model, backend="inductor"))
@@ -114,7 +112,7 @@ def summarise(dense: Prefill, sparse: Prefill, report: RewriteReport) -> str:
         (
             "prefill",
             *(_format_time(run.median_s) for run in (dense, sparse)),
-            f"{dense.median_s / sparse.median_s:.2f}x faster",
+            _compare_times(dense.median_s, sparse.median_s),
         ),
         ("compile", *(f"{max(0.0, run.first_s - run.median_s):.1f} s" for run in (dense, sparse)), ""),
         (
@@ -136,6 +134,12 @@ def summarise(dense: Prefill, sparse: Prefill, report: RewriteReport) -> str:
             f"sparse goes on: {sparse.continuation!r}",
         ]
     )
+
+
+def _compare_times(dense_s: float, sparse_s: float) -> str:
+    if sparse_s > dense_s:
+        return f"{sparse_s / dense_s:.2f}x slower"
+    return f"{dense_s / sparse_s:.2f}x faster"
 
 
 def _format_time(seconds: float) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..devices import check_device
 from ..settings.config import SparsePrefillConfig
 from ..tasks.comparison import Comparison
 from ..tasks.encoder import Encoder
@@ -16,25 +17,32 @@ from ..tasks.evaluation import Step, check_lengths, check_model, evaluate
 from ..tasks.sample import Sample
 from ..tasks.summary import summarise
 from ..tasks.table import TASKS, check_tasks, create_samples
-from .shared.arguments import add_selection, positive, read_selection
-from .shared.checks import needs_extra
+from .shared.arguments import ESTIMATOR_HELP, add_device, add_model, add_selection, positive, read_selection
+from .shared.checks import check_file, needs_extra, write_text
 
 HELP = "long-context tasks on a real model, prefilled dense and sparse, side by side"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--model", type=Path, help="a Hugging Face folder or a GGUF file (SmolLM2-135M-Instruct)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)}")
+    add_model(parser)
+    add_device(parser, "cpu")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="tasks to run")
     parser.add_argument(
-        "--lengths", type=positive, nargs="+", default=[2048, 4096, 8192], metavar="N", help="tokens, with the answer"
+        "--lengths",
+        type=positive,
+        nargs="+",
+        default=[2048, 4096, 8192],
+        metavar="N",
+        help="tokens of prompt and answer",
     )
-    parser.add_argument("--samples", type=positive, default=16, metavar="N", help="of each task at each length")
-    parser.add_argument("--estimators", nargs="+", default=[SparsePrefillConfig.estimator], metavar="NAME")
+    parser.add_argument("--samples", type=positive, default=16, metavar="N", help="samples of each task at each length")
+    parser.add_argument(
+        "--estimators", nargs="+", default=[SparsePrefillConfig.estimator], metavar="NAME", help=ESTIMATOR_HELP
+    )
     add_selection(parser, has_estimator=False)
     parser.add_argument("--min-length", type=positive, default=1, metavar="N", help="shorter prompts stay dense")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other samples for other seeds")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the samples")
     parser.add_argument("--json", type=Path, metavar="FILE", help="a file for all figures")
 
 
@@ -48,11 +56,14 @@ def run(arguments: argparse.Namespace) -> None:
     with needs_extra("hf", "evaluate"):
         from rich.console import Console  # noqa: PLC0415  (needs the extra "hf")
 
-        from ..models import load_model  # noqa: PLC0415
+        from ..models import find_model, load_model  # noqa: PLC0415
         from .shared.progress import show_progress  # noqa: PLC0415
     configs = _read_configs(arguments)
     check_tasks(arguments.tasks)
     check_lengths(arguments.lengths, configs.values())
+    check_file(arguments.json)
+    check_device(arguments.device)
+    find_model(arguments.model)
     num_samples = len(arguments.tasks) * len(arguments.lengths) * arguments.samples
     # Each sample is made once, and scored once dense and once by each config.
     with show_progress(Console(), num_samples * (2 + len(configs))) as step:
@@ -95,4 +106,4 @@ def _write_figures(
         "configs": {name: config.as_options() for name, config in configs.items()},
     }
     figures = {"settings": settings, "comparisons": [comparison.as_dict() for comparison in comparisons]}
-    arguments.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
+    write_text(arguments.json, json.dumps(figures, indent=1, default=str) + "\n")

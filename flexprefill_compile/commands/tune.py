@@ -11,10 +11,11 @@ from ..backend import FlexPrefillBackend
 from ..bench.inputs.structured import create_structured_inputs
 from ..bench.timing.clocks import time_ms
 from ..bench.timing.dense_attention import attend, time_dense_ms
+from ..devices import check_device
 from ..settings.device_defaults import name_device, store_break_even_length
 from ..text_table import format_table
 from .shared.arguments import add_layer_shape
-from .shared.checks import check_device, check_heads
+from .shared.checks import check_heads
 
 HELP = "measure the break-even length of sparse prefill on this machine"
 
@@ -31,11 +32,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Time dense and sparse attention of one layer at growing lengths, print both, and keep the break-even length.
 
     Raises:
-        UsageError: The device or the heads won't do.
+        UsageError: The device is not there, or the heads don't match.
     """
-    device, heads = arguments.device, arguments.heads
+    device, heads = check_device(arguments.device), arguments.heads
     kind = device.partition(":")[0]
-    check_device(kind)
     check_heads(heads)
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     # One graph for all lengths, as a model has that meets prompts of every length.
@@ -54,11 +54,14 @@ def run(arguments: argparse.Namespace) -> None:
     name = name_device(torch.device(device))
     break_even = compute_break_even_length(times)
     path = store_break_even_length(name, break_even)
-    print(f"the break-even length on {name} is {break_even} tokens; kept in {path}")
+    if break_even > times[-1][0]:
+        print(f"sparse attention was slower than dense at {times[-1][0]} tokens, the longest prompt measured")
+    print(f"the break-even length on {name} is {break_even} tokens: by default, shorter prompts stay dense")
+    print(f"wrote {path}")
 
 
 def compute_break_even_length(times: Sequence[tuple[int, float, float]]) -> int:
-    """Return the length from which on sparse is as fast at each length: twice the longest where it never is.
+    """Return the length from which on sparse is as fast at each length; twice the longest if there is none.
 
     Args:
         times: Length in tokens, dense and sparse time, by growing length.

@@ -49,19 +49,6 @@ class Prompt:
         mask = self.kwargs.get("attention_mask")
         return mask if isinstance(mask, Tensor) and mask.shape == self.tokens.shape else None
 
-    def check_length(self, block_size: int) -> None:
-        """Check that there is something to leave out.
-
-        Raises:
-            UsageError: The text is shorter than two blocks.
-        """
-        length = self.tokens.shape[1]
-        if length < 2 * block_size:
-            raise UsageError(
-                f"the text must be of two blocks at least, {2 * block_size} tokens, got {length}: "
-                "take a longer text or a smaller block_size"
-            )
-
 
 @dataclasses.dataclass(frozen=True)
 class SparsePrefill:

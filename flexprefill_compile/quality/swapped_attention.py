@@ -1,4 +1,4 @@
-"""Run a model uncompiled with each causal attention call swapped: many settings, nothing to compile for each.
+"""Run an uncompiled model with its causal attention calls replaced: a new setting needs no new compile.
 
     scaled_dot_product_attention(q, k, v, is_causal=True)   ->   attend(number of the layer, q, k, v, scale)
 
@@ -151,7 +151,7 @@ def _compile_repaired(graph_module: torch.fx.GraphModule, example_inputs: Sequen
 
 
 def _choose_kernel_options(device_type: str, dtype: torch.dtype, head_dim: int, block_size: int) -> Any:
-    """Return small tiles, which fit every GPU's shared memory in every dtype: figures count here, not times."""
+    """Return small tiles, which fit every GPU's shared memory in every dtype; speed does not matter here."""
     options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
     tile = min(block_size, 128)
     if device_type == "cuda":

@@ -183,6 +183,16 @@ class SparsePrefillConfig:
         return _recall_config(tuple(gammas), *others)
 
 
+def check_config(config: object) -> None:
+    """Check what a function takes as its config.
+
+    Raises:
+        InvalidOptionError: It is no ``SparsePrefillConfig``.
+    """
+    expected = "a SparsePrefillConfig, as SparsePrefillConfig(gamma=0.9)"
+    check("config", config, expected, isinstance(config, SparsePrefillConfig))
+
+
 @functools.lru_cache(maxsize=1024)
 def _recall_config(gammas: tuple[float, ...], *others: Any) -> SparsePrefillConfig:
     """Make the config, and check it, once: that takes as long as launching a kernel."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from flexprefill_compile.block_masks import record_densities
 
 from ..backend import FlexPrefillBackend
 from ..errors import UsageError
+from ..quality.sparsity import check_sparsity
 from ..settings.config import SparsePrefillConfig
 from ..torch_internals import maybe_mark_dynamic
 from .comparison import Comparison
@@ -112,8 +113,8 @@ class CompiledPrefill:
         return output
 
 
-def check_lengths(lengths: Sequence[int], configs: Iterable[SparsePrefillConfig]) -> None:
-    """Raise if a prompt would have less than two blocks.
+def check_lengths(lengths: Sequence[int], configs: Collection[SparsePrefillConfig]) -> None:
+    """Raise if a prompt would have less than two blocks, or all of its blocks computed.
 
     Raises:
         UsageError: It would.
@@ -126,6 +127,8 @@ def check_lengths(lengths: Sequence[int], configs: Iterable[SparsePrefillConfig]
                 f"length must be at least {needed} tokens, two blocks of {block_size} and {ANSWER_ROOM} for the answer,"
                 f" got {length}"
             )
+        for config in configs:
+            check_sparsity(length - ANSWER_ROOM, config)
 
 
 def check_model(model: Any, lengths: Sequence[int]) -> None:

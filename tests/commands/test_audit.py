@@ -37,6 +37,7 @@ def test_the_command_prints_a_table_and_writes_files(
     assert written.options["gamma"] == 0.8
     assert math.isfinite(written.predictions.perplexity_ratio)
     assert (tmp_path / "plots" / "heads.png").exists()
+    assert f"wrote {tmp_path / 'audit.json'}\n" in printed
 
 
 def test_the_command_gives_one_sentence_for_each_mistake(
@@ -65,9 +66,9 @@ def test_plots_without_matplotlib_are_refused_before_anything_is_loaded(
 
     monkeypatch.setattr("flexprefill_compile.models.load_model", fail)
     monkeypatch.delitem(sys.modules, "flexprefill_compile.quality.audit.plots", raising=False)
-    for name in ("matplotlib", "matplotlib.backends", "matplotlib.backends.backend_agg"):
+    for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     assert main(["audit", "--plots", str(tmp_path / "plots")]) == 2
     sentence = one_sentence(capsys)
-    assert sentence.startswith("plots need matplotlib")
+    assert sentence.startswith("--plots needs matplotlib")
     assert sentence.endswith("of the extra 'plot': pip install 'flexprefill-compile[plot]'")

@@ -29,6 +29,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str
     files = ["--json", str(folder / "figures.json"), "--plot", str(folder / "figures.png")]
     what = ["--inputs", "structured", "rotary", "--lengths", "1000", "--min-budget", "0", "--calls", "2"]
     more = ["--head-dim", "32", "--max-budget", "512", "--max-density", "0.6", "--peer", "peers:attend"]
+    patch.setenv("XDG_CACHE_HOME", str(folder))
     try:
         assert main(["bench", *SHAPE, *what, *more, *files]) == 0
     finally:
@@ -49,6 +50,9 @@ def test_every_kind_of_inputs_has_its_figures(bench: tuple[dict[str, Any], str, 
         assert run["peers"]["peers:attend"]["error"] < 1e-5
         assert min(run["ceiling"].values()) > 0
         assert re.search(rf"^1000 +{run['inputs']} ", output, re.MULTILINE)
+    assert "dense by default, shorter than min_length (4096 on cpu): 1000 structured, 1000 rotary" in output
+    assert f"wrote {plot}" in output
+    assert f"wrote {plot.with_suffix('.json')}" in output
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -31,7 +31,9 @@ def test_a_model_to_its_first_token(tmp_path: Path, capsys: pytest.CaptureFixtur
     (run,) = json.loads(figures.read_text())
     assert run["density"] == pytest.approx(0.5, abs=0.15)
     assert min(run["dense_ms"], run["sparse_ms"]) > 0
-    assert re.search(r"^1100 +\d+% +\d+ ms \(flash\) ", capsys.readouterr().out, re.MULTILINE)
+    output = capsys.readouterr().out
+    assert re.search(r"^1100 +\d+% +\d+ ms \(flash\) ", output, re.MULTILINE)
+    assert f"wrote {figures}\n" in output
 
 
 def test_a_density_out_of_range_gets_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,13 +50,21 @@ def test_a_mistake_gives_one_sentence(
     assert sentence("--bound", "2") == "the bound must be in (0, 1), got 2.0"
     assert sentence("--tokens", "255") == "text.txt must be of two blocks at least, 256 tokens, got 255"
     assert sentence("--estimator", "oracle").startswith("estimator must be one of ")
-    assert (
-        sentence("--output", str(tmp_path / "none" / "policy.json")) == f"no folder {tmp_path / 'none'} for the policy"
-    )
     Policy(ModelShape(architecture="GPT2LMHeadModel", num_layers=2, num_heads=4), {0: LayerPolicy()}).save(output)
     assert sentence() == (
         f"{output} is a policy for another model, GPT2LMHeadModel with 4 heads: choose another --output"
     )
     output.write_text("{}")
     assert sentence().startswith(f"{output} holds no policy: ")
-    assert sentence("--model", str(tmp_path)).startswith("transformers finds no causal language model in ")
+
+
+def test_the_policy_has_a_name_by_default_and_runs_have_a_limit(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["calibrate", "--model", str(model_folder), "--block-size", "32", "--text", "text.txt"]
+    assert main([*arguments, "--tokens", "300", "--max-runs", "4"]) == 0
+    assert Policy.load(tmp_path / "policy.json").model.num_layers == 2
+    runs = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
+    assert 1 <= len(runs) <= 4

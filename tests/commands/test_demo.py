@@ -45,3 +45,5 @@ def test_the_demo_says_why_attention_stayed_dense() -> None:
     summary = summarise(dense, sparse, report)
     assert "left dense, 2 of 2: not causal" in summary
     assert re.search(r"prefill\s+500.0 ms\s+500.0 ms\s+1.00x faster", summary)
+    sparse.times_s = [0.65]
+    assert re.search(r"prefill\s+500.0 ms\s+650.0 ms\s+1.30x slower", summarise(dense, sparse, report))

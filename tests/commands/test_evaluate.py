@@ -28,6 +28,7 @@ def test_the_command_prints_dense_beside_sparse(
     for task in ("needle", "code"):
         assert re.search(rf"^{task} +1200 +flexprefill( +-\d\.\d+){{2}} +[+-]\d\.\d+ .*%", output, re.MULTILINE)
     assert re.search(r"^flexprefill: worse than dense on \d of 2", output, re.MULTILINE)
+    assert f"wrote {file}\n" in output
     figures = json.loads(file.read_text())
     assert figures["settings"]["configs"]["flexprefill"]["gamma"] == 0.5
     for comparison in figures["comparisons"]:
@@ -43,7 +44,10 @@ def test_the_command_prints_dense_beside_sparse(
         (["--tasks", "chess"], r"task must be one of needle, .*, got 'chess'"),
         (["--lengths", "300"], r"length must be at least 384 tokens, two blocks of 128 and 128 .*, got 300"),
         (["--lengths", "4096"], r"length must be at most the 2048 tokens that the model takes, got 4096"),
-        (["--tasks", "copy", "--lengths", "390"], r"length must be at least \d+ tokens for the task copy, got 390"),
+        (
+            ["--tasks", "copy", "--lengths", "390", "--min-budget", "0"],
+            r"length must be at least \d+ tokens for the task copy, got 390",
+        ),
         (["--estimators", "crystal_ball"], r"estimator must be one of .*, got 'crystal_ball'"),
         (["--gamma", "2"], r"gamma must be in \(0, 1\], got 2.0"),
     ],

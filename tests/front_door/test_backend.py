@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -239,3 +240,16 @@ def test_checkpointed_code_runs_sparse() -> None:
     assert backend.report.num_rewritten == 1
     with torch.no_grad():
         assert relative_error(actual, model(x).double()) < 1e-6
+
+
+def test_a_forward_under_autograd_warns_once_and_one_without_does_not() -> None:
+    model = torch.compile(TwoLayers().eval(), backend=FlexPrefillBackend(), dynamic=False, options=OPTIONS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        with torch.no_grad():
+            model(torch.randn(1, 100, 64))
+        assert not [warning for warning in caught if "autograd" in str(warning.message)]
+        for length in (100, 110, 120):
+            model(torch.randn(1, length, 64))
+    (message,) = [str(warning.message) for warning in caught if "autograd" in str(warning.message)]
+    assert message == "attention stays dense under autograd: call the model under torch.no_grad()"

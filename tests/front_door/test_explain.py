@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from helpers.models import OPTIONS, SelfAttention, TwoLayers, causal_attention
 from torch import Tensor, nn
 
-from flexprefill_compile import InvalidOptionError, SkipReason, explain
+from flexprefill_compile import InvalidOptionError, SkipReason, explain, sparse_prefill
 
 
 class SparseThenMasked(nn.Module):
@@ -51,10 +54,45 @@ def test_a_model_compiled_before_is_explained_too() -> None:
         assert explain(in_place, x, options=OPTIONS).num_rewritten == 2
 
 
-def test_a_function_under_autograd_is_told_what_to_do() -> None:
+def test_it_looks_at_inference_unless_told_otherwise() -> None:
     x = torch.randn(1, 4, 100, 16, requires_grad=True)
-    report = explain(causal_attention, x, x, x, options=OPTIONS)
-    assert "use torch.no_grad()" in str(report)
+    assert explain(causal_attention, x, x, x, options=OPTIONS).num_rewritten == 1
+    assert "use torch.no_grad()" in str(explain(causal_attention, x, x, x, options=OPTIONS, autograd=True))
+
+
+def compile_in_place(options: dict[str, Any]) -> nn.Module:
+    model = TwoLayers().eval()
+    model.compile(backend="flexprefill", options=options)
+    return model
+
+
+def decorate_class(options: dict[str, Any]) -> nn.Module:
+    class Decorated(TwoLayers):
+        pass
+
+    return sparse_prefill(**options)(Decorated)().eval()
+
+
+WAYS: dict[str, Callable[[dict[str, Any]], Callable[..., Any]]] = {
+    "wrapped": lambda options: torch.compile(TwoLayers().eval(), backend="flexprefill", options=options),
+    "in place": compile_in_place,
+    "decorated module": lambda options: sparse_prefill(**options)(TwoLayers().eval()),
+    "decorated class": decorate_class,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_options_of_the_models_own_are_used(way: str) -> None:
+    model, x = WAYS[way](OPTIONS | {"dense_layers": (1,)}), torch.randn(1, 100, 64)
+    assert [site.reason for site in explain(model, x).sites] == [None, SkipReason.DENSE_LAYER]
+    assert explain(model, x, options=OPTIONS).num_rewritten == 2
+
+
+def test_options_of_a_decorated_function_are_used_and_those_of_another_backend_are_not() -> None:
+    x = torch.randn(1, 4, 100, 16)
+    assert explain(sparse_prefill(**OPTIONS)(causal_attention), x, x, x).num_rewritten == 1
+    other = torch.compile(causal_attention, backend="inductor", options={"max_autotune": False})
+    assert [site.reason for site in explain(other, x, x, x).sites] == [SkipReason.TOO_SHORT]
 
 
 def test_no_attention_and_bad_options() -> None:

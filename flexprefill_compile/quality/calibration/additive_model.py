@@ -1,4 +1,4 @@
-"""How ``calibrate`` predicts what a setting loses: as a sum over the parts of the model."""
+"""Predicts the loss of a setting as a sum over the parts of the model, for ``calibrate``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Levels = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class AdditiveModel:
-    """Predicts the loss of a setting as a sum: each part has a share of what the loss does along the ladder.
+    """Predicts the loss of a setting: each part has a share of the change in loss along the ladder.
 
     Attributes:
         rungs: The rungs used, cheap ones first.
@@ -27,7 +27,7 @@ class AdditiveModel:
     shares: list[float]
 
     def choose(self, max_increase: float) -> Levels:
-        """Return the cheapest setting that is predicted to fit among those one step off the way of greedy steps up."""
+        """Step up greedily; return the cheapest setting that is predicted to fit, at most one step off that way."""
         at = [0] * len(self.shares)
         increase = self.increases[0]
         fitting = [at] if increase <= max_increase else []
@@ -47,7 +47,7 @@ class AdditiveModel:
         return tuple(self.rungs[rung] for rung in best)
 
     def list_steps_down(self, levels: Levels) -> list[Levels]:
-        """Return the settings with one part a rung lower, those first that gain most for their loss."""
+        """Return the settings with one part a rung lower, first those that save most cost for their loss."""
         at = [self.rungs.index(level) for level in levels]
         parts = [part for part in range(len(at)) if at[part] > 0]
         parts.sort(key=lambda part: (self._rate(part, at[part] - 1, at[part]), part))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...settings.config import SparsePrefillConfig
+from ...settings.config import SparsePrefillConfig, check_config
 from ...settings.policy import LayerPolicy, ModelShape, Policy
 from .additive_model import Levels
 from .ladder import Measurement, Search
@@ -19,7 +19,7 @@ from .measurement_log import MeasurementLog, describe_code, describe_inputs, has
 from .text_measurer import TextMeasurer
 
 # gamma and min_budget of each rung, cheap ones first; dense attention is the rung above them.
-_RUNGS = (
+RUNGS = (
     *((0.7, 128), (0.8, 256), (0.9, 256), (0.9, 512)),
     *((0.95, 512), (0.95, 1024), (0.98, 1024), (0.99, 2048)),
 )
@@ -54,7 +54,7 @@ def calibrate(
     *,
     max_loss_increase: float = 0.01,
     config: SparsePrefillConfig = SparsePrefillConfig(estimator="auto"),
-    rungs: Sequence[tuple[float, int]] = _RUNGS,
+    rungs: Sequence[tuple[float, int]] = RUNGS,
     layers_at_once: int = 1,
     max_runs: int = 100,
     runs_path: Path | None = None,
@@ -72,13 +72,15 @@ def calibrate(
         config: What the layers have in common: the estimator and block_size.
         rungs: gamma and min_budget of each rung of the ladder.
         layers_at_once: How many neighbouring layers share their settings.
-        max_runs: Measurements at most, and at least one for each rung and each part.
+        max_runs: Measurements at most; fewer than the rungs compare settings of the whole model only.
         runs_path: A file that keeps the measurements and spares those that it holds.
         on_run: Called after each: how many there are, whether it was kept from before, what it is, the best so far.
 
     Raises:
         UsageError: A text is too short, the bound out of range, or no attention of the model can be sparse.
+        InvalidOptionError: ``config`` is no ``SparsePrefillConfig``.
     """
+    check_config(config)
     check_bound(max_loss_increase)
     if not texts:
         raise UsageError("calibrate must be given a text, got none")
@@ -121,7 +123,7 @@ def calibrate(
 
 
 def _create_policy(model: nn.Module, heads: dict[int, int], chosen: dict[int, LayerPolicy]) -> Policy:
-    """Return the policy; attention that can't be measured here is not made sparse by it either."""
+    """Return the policy; layers that could not be measured stay dense in it."""
     shape = ModelShape(
         architecture=type(model).__name__, num_layers=max(heads) + 1, num_heads=heads[next(iter(chosen))]
     )

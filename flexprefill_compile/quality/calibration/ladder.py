@@ -1,4 +1,4 @@
-"""The search of ``calibrate``: a rung of a ladder of settings for each part of a model, as cheap as a bound allows.
+"""The search of ``calibrate``: for each part of a model, the cheapest rung of a ladder of settings within a bound.
 
     every rung, all parts on it       how loss falls and cost rises along the ladder; rungs that cost more and lose
                                       more than another leave it
@@ -7,12 +7,15 @@
     measured                          predictions are corrected by what the whole setting really loses
     single steps down                 while runs remain and the bound holds
 
+With fewer runs than rungs, bisection finds the cheapest rung for all parts instead.
+
 Loss is predicted as a sum over the parts; what is chosen has always been measured as a whole. A measurement is a
 callable, so that nothing here knows of models.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -46,6 +49,10 @@ class Measurement:
 Measure = Callable[[Levels], Measurement]
 
 
+class _NoRunsLeftError(Exception):
+    """Another measurement would be one too many."""
+
+
 class Search:
     """One search; ``run`` returns what it chose.
 
@@ -63,7 +70,7 @@ class Search:
             num_parts: Parts of the model that are set apart: its layers, or groups of them.
             num_rungs: Rungs of the ladder, cheap ones first.
             max_increase: Bound on the increase of the loss, nats.
-            max_runs: Measurements at most, and at least one each for the rungs and the parts.
+            max_runs: Measurements at most. Fewer than the rungs find the best rung for all parts by bisection.
         """
         self._measure = measure
         self.num_parts, self.num_rungs = num_parts, num_rungs
@@ -73,6 +80,24 @@ class Search:
 
     def run(self) -> tuple[Levels, Measurement]:
         """Return the cheapest setting measured within the bound, and its measurement."""
+        with contextlib.suppress(_NoRunsLeftError):
+            if self.max_runs < self.num_rungs - 1:
+                self._bisect()
+            else:
+                self._climb()
+        return self.best
+
+    def _bisect(self) -> None:
+        """Find the cheapest rung that keeps the bound with all parts on it, if loss falls along the ladder."""
+        low, high = 0, self.num_rungs - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._try(self._uniform(middle)).loss_increase <= self.max_increase:
+                high = middle
+            else:
+                low = middle + 1
+
+    def _climb(self) -> None:
         for rung in range(self.num_rungs - 1):
             self._try(self._uniform(rung))
         rungs = self._find_useful_rungs()
@@ -80,7 +105,6 @@ class Search:
             model = self._fit(rungs)
             self._approach(model)
             self._step_down(model)
-        return self.best
 
     @property
     def best(self) -> tuple[Levels, Measurement]:
@@ -99,6 +123,8 @@ class Search:
 
     def _try(self, levels: Levels) -> Measurement:
         if levels not in self.measured:
+            if not self._has_runs():
+                raise _NoRunsLeftError
             self.measured[levels] = self._measure(levels)
         return self.measured[levels]
 
@@ -132,7 +158,7 @@ class Search:
         )
 
     def _approach(self, model: AdditiveModel) -> None:
-        """Measure what the model predicts to fit; scale its predictions by what came out; again."""
+        """Measure the setting predicted to fit, scale the predictions by the result, and repeat."""
         goal, largest_fitting, smallest_failing = self.max_increase, 0.0, math.inf
         for _ in range(_CORRECTIONS):
             if not self._has_runs():

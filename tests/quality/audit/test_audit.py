@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from helpers.checked_attention import without_code_generation
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flexprefill_compile import AuditReport, SparsePrefillConfig, audit
+from flexprefill_compile import AuditReport, SparsePrefillConfig, audit, sparse_prefill
 from flexprefill_compile.block_masks.estimators.flexprefill.masked_representative import ScoreRule
 from flexprefill_compile.block_masks.layout import BlockTables
 from flexprefill_compile.block_masks.observed_attention import ObservedAttention
@@ -127,3 +128,31 @@ class Bidirectional(nn.Module):
 def test_a_mistake_gives_one_sentence(make: Callable[[], nn.Module], inputs: tuple[Any, ...], message: str) -> None:
     with without_code_generation(), pytest.raises(UsageError, match=message):
         audit(make(), *inputs, options=OPTIONS)
+
+
+def test_a_model_that_is_compiled_is_audited_with_its_own_options_against_its_dense_self() -> None:
+    class Decorated(type(llama())):  # type: ignore[misc]
+        pass
+
+    sparse_prefill(**OPTIONS, min_length=32)(Decorated)
+    model = llama()
+    model.__class__ = Decorated
+    report = audit(model, tokens(), rows=8)
+    assert report.options == OPTIONS | {"min_length": 32}
+    assert len(report.calls) == 2
+    assert report.predictions == audit(llama(), tokens(), options=OPTIONS, rows=8).predictions
+
+
+def test_the_pictures_of_heads_have_fixed_scales_and_titles_that_fit(report: AuditReport) -> None:
+    from flexprefill_compile.quality.audit.plots import _draw_blocks, _draw_heads  # noqa: PLC0415
+
+    images = [image for axes in _draw_heads(report).axes[:2] for image in axes.images]
+    assert [image.get_clim() for image in images] == [(0, 1), (0, 1)]
+    long = dataclasses.replace(report.pictures[0], name="model.language_model.transformer.layers.17.self_attention")
+    figure = _draw_blocks(dataclasses.replace(report, pictures=(long, *report.pictures[1:])))
+    figure.draw_without_rendering()
+    for axes in figure.axes[:2]:
+        title = axes.title.get_window_extent()
+        assert title.width <= axes.bbox.width * 1.15
+        assert figure.bbox.contains(*title.p0)
+        assert figure.bbox.contains(*title.p1)

@@ -19,7 +19,7 @@ from flexprefill_compile.quality.calibration.text_measurer import TextMeasurer
 from flexprefill_compile.quality.model_prefill import Prompt, prefill_dense, prefill_sparse
 from flexprefill_compile.quality.predictions import sum_loss
 from flexprefill_compile.quality.swapped_attention import attend_selected, swapped_attention
-from flexprefill_compile.settings.config import SparsePrefillConfig
+from flexprefill_compile.settings.config import InvalidOptionError, SparsePrefillConfig
 from flexprefill_compile.settings.policy import LayerPolicy, ModelShape
 
 BOUND = 0.01
@@ -101,7 +101,7 @@ def test_runs_of_another_text_or_model_are_not_taken(
     model: LlamaForCausalLM, text: Tensor, found: Calibration, runs_path: Path
 ) -> None:
     kept: list[bool] = []
-    options: dict[str, Any] = {"on_run": lambda _, is_kept, *__: kept.append(is_kept), "max_runs": 0}
+    options: dict[str, Any] = {"on_run": lambda _, is_kept, *__: kept.append(is_kept), "max_runs": 3}
     run(model, text.flip(-1), runs_path=runs_path, **options)
     with torch.no_grad():
         model.lm_head.weight[0] += 1
@@ -151,10 +151,15 @@ def test_layers_with_a_window_are_written_as_dense(text: Tensor) -> None:
     sizes |= {"head_dim": 16, "query_pre_attn_scalar": 16}
     kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
     config = Gemma3TextConfig(vocab_size=64, num_hidden_layers=2, **sizes, **kinds)
-    found = run(Gemma3ForCausalLM(config).eval(), text, max_runs=0)
+    found = run(Gemma3ForCausalLM(config).eval(), text, max_runs=4)
     assert found.policy.model.num_layers == 2
     assert found.policy.of_layer(0) == LayerPolicy(dense=True)
     assert list(found.densities) == [1]
+
+
+def test_a_dict_as_config_is_refused(model: LlamaForCausalLM, text: Tensor) -> None:
+    with pytest.raises(InvalidOptionError, match="config must be a SparsePrefillConfig"):
+        calibrate(model, [text], config={"estimator": "auto"})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("length", [64, 77])

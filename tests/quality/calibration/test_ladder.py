@@ -55,7 +55,9 @@ def test_what_is_chosen_was_measured_and_keeps_the_bound(
     assert measurement.loss_increase <= max_increase
     assert measurement.cost <= 1 + 1e-9
     assert levels == (NUM_RUNGS - 1,) * len(weights) or measurement == measure(levels)
-    assert len(runs) == len(set(runs)) <= max(max_runs, NUM_RUNGS - 1 + len(weights))
+    assert len(runs) == len(set(runs)) <= max_runs
+    if max_runs < NUM_RUNGS - 1:
+        return
     uniform = [measure((rung,) * len(weights)) for rung in range(NUM_RUNGS - 1)]
     assert all(measurement.cost <= each.cost for each in uniform if each.loss_increase <= max_increase)
 
@@ -107,3 +109,17 @@ def test_the_model_predicts_uniform_settings_as_measured() -> None:
     assert model.choose(0.0) == (4, 4)
     assert model.choose(0.16) == (0, 2)
     assert model.list_steps_down((2, 4)) == [(2, 2), (0, 4)]
+
+
+@pytest.mark.parametrize("max_runs", [1, 2, 3])
+def test_few_runs_bisect_the_rungs(max_runs: int) -> None:
+    """Loss falls along the ladder, and from the third rung on it fits."""
+    runs: list[Levels] = []
+
+    def measure(levels: Levels) -> Measurement:
+        runs.append(levels)
+        return Measurement(1.0 if levels[0] < 2 else 0.0, ((levels[0] + 1) / 10 / 2,) * 2)
+
+    levels, _ = Search(measure, num_parts=2, num_rungs=9, max_increase=0.5, max_runs=max_runs).run()
+    assert len(runs) <= max_runs
+    assert levels == ((4, 4) if max_runs == 1 else (2, 2))
