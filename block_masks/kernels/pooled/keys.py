@@ -14,7 +14,6 @@ def pool_keys(
     key: tl.tensor,
     value: tl.tensor,
     means: tl.tensor,
-    faults: tl.tensor,
     length: int,
     num_blocks: int,
     kv_heads: int,
@@ -39,8 +38,8 @@ def pool_keys(
     """Average each POOL keys of a block, or look through a block of values.
 
     Grid: (num_blocks, B * Hkv, 1 or, with values, 2). ``means`` is (B * Hkv, pitch, D) in the dtype of the keys, zero
-    beyond the prompt. ``faults`` is (2, B * Hkv, num_blocks), of keys and of values: 0, or 1 for a block that holds NaN
-    or inf. Its dtype is that of the keys, so that both lie in one buffer.
+    beyond the prompt. Behind them it takes (2, B * Hkv, num_blocks) faults, of keys and of values: 0, or 1 for a block
+    that holds NaN or inf.
     """
     block = tl.program_id(0)
     batch_kv = tl.program_id(1).to(tl.int64)
@@ -65,8 +64,9 @@ def pool_keys(
             first = block * BLOCK + part * TOKENS
             values = _load_tokens(value, first, length, value_token, value_feature, VALUE_DIM, VALUE_WIDTH, TOKENS)
             fault = tl.maximum(fault, _find_fault(values.to(tl.float32)))
+    faults = means + tl.cast(batch_kv_heads, tl.int64) * pitch * HEAD_DIM
     entry = (tl.program_id(2) * batch_kv_heads + batch_kv) * num_blocks + block
-    tl.store(faults + entry, fault.to(faults.dtype.element_ty))
+    tl.store(faults + entry, fault.to(means.dtype.element_ty))
 
 
 @triton.jit

@@ -12,7 +12,6 @@ from .rows import choose_in_rows, keep_best
 def select_by_pools(
     query: tl.tensor,
     means: tl.tensor,
-    faults: tl.tensor,
     gammas: tl.tensor,
     masses: tl.tensor,
     diagonal_counts: tl.tensor,
@@ -57,8 +56,8 @@ def select_by_pools(
     A segment is a query block of one head. Those of the heads that share a key head follow each other: (query block,
     head of the group). Grid: (tiles of segments * B * Hkv,), those that see the most keys first.
 
-    ``means`` and ``faults`` are those of ``pool_keys``, ``pitch`` a multiple of COLUMNS. ``masses`` is (B, H,
-    num_blocks, mass_width) float32, for the use of this kernel; it may be ``full_indices``.
+    ``means`` is what ``pool_keys`` writes, ``pitch`` a multiple of COLUMNS. ``masses`` is (B, H, num_blocks,
+    mass_width) int32, room for as many float32; it may be ``full_indices``.
     """
     samples: tl.constexpr = BLOCK // STRIDE
     num_own: tl.constexpr = ROWS // samples
@@ -68,7 +67,9 @@ def select_by_pools(
     num_segments = num_blocks * GROUP
     first_head = batch_kv * GROUP  # of B * H
     last_block = tl.minimum(first_segment + num_own - 1, num_segments - 1) // GROUP
+    faults = means + tl.cast(batch_kv_heads, tl.int64) * pitch * HEAD_DIM
     means += batch_kv * pitch * HEAD_DIM
+    masses = masses.to(tl.pointer_type(tl.float32), bitcast=True)
 
     # The sampled queries.
     row = tl.arange(0, ROWS)
@@ -223,7 +224,7 @@ def _score_tile(
     if first + COLUMNS > sure:
         # The last mean of a prompt weighs less if it is one of fewer keys.
         last = (length - 1) // POOL
-        log_weight = tl.log2((length - last * POOL).to(tl.float32) / POOL)
+        log_weight = tl.log2(tl.cast(length - last * POOL, tl.float32) / POOL)
         scores += tl.where(pool == last, log_weight, 0.0)[None, :]
         scores = tl.where(pool[None, :] <= last_pool[:, None], scores, float("-inf"))
     return scores

@@ -62,6 +62,8 @@ def try_select(
     if not can_select(query, value, config):
         return None
     try:
+        if query.device.index == torch.cuda.current_device():  # entering a context takes as long as a launch
+            return select_tables(query, key, value, scale, config, width)
         with torch.cuda.device_of(query):
             return select_tables(query, key, value, scale, config, width)
     except triton.OutOfResources as error:
@@ -122,9 +124,6 @@ class _Plan:
         self.batch, self.heads, length, head_dim = query
         self.kv_heads, block_size = key[1], config.block_size
         self.num_blocks = count_blocks(length, block_size)
-        self.width = width
-        self.has_value = bool(values)
-        self.gammas = config
         group, batch_kv_heads = self.heads // self.kv_heads, self.batch * self.kv_heads
         pool = min(POOL_TOKENS, block_size)
         keys, samples = block_size // pool, block_size // QUERY_STRIDE
@@ -132,8 +131,10 @@ class _Plan:
         tile = tile or choose_tile(dtype.itemsize, lanes, keys, samples, self.num_blocks * group)
         num_tiles = cdiv(self.num_blocks * group, tile.rows // samples)
         pitch = cdiv(self.num_blocks * keys, tile.columns) * tile.columns
-        self.num_means = batch_kv_heads * pitch * head_dim
-        self.num_faults = 2 * batch_kv_heads * self.num_blocks
+        self.num_means = batch_kv_heads * (pitch * head_dim + 2 * self.num_blocks)  # and faults
+        self.counts = (self.batch, self.heads, self.num_blocks)
+        self.indices = (*self.counts, width)
+        self.mass_shape = None if width >= self.num_blocks else (*self.counts, self.num_blocks)
         value_lanes = max(16, next_power_of_2(value[-1]))
         self.config = config
         self.launcher = Launcher(("pooled", device, dtype, layouts, config, width, tile))
@@ -189,37 +190,35 @@ class _Plan:
             "AT_ONCE": min(tile.rows // samples, max(1, tile.entries // columns)),
             "HAS_GAMMAS": self.has_gammas,
             "HAS_CEILING": config.max_budget is not None,
-            "HAS_VALUE": self.has_value,
+            "HAS_VALUE": bool(values),
             "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
             "NUM_STAGES": tile.num_stages,
         }
 
     def run(self, query: Tensor, key: Tensor, value: Tensor | None) -> BlockTables:
         """Launch, on inputs of the plan's signature."""
-        counts = (self.batch, self.heads, self.num_blocks)
-        indices = (*counts, self.width)
+        full_indices = query.new_empty(self.indices, dtype=torch.int32)
         tables = BlockTables(
-            *(query.new_empty(shape, dtype=torch.int32) for shape in (counts, indices, counts, indices))
+            query.new_empty(self.counts, dtype=torch.int32),
+            query.new_empty(self.indices, dtype=torch.int32),
+            query.new_empty(self.counts, dtype=torch.int32),
+            full_indices,
         )
-        means = query.new_empty(self.num_means + self.num_faults)
-        faults = means[self.num_means :]
+        means = query.new_empty(self.num_means)
         self.launcher.run(
             pool_keys,
             self.key_grid,
-            (key, key if value is None else value, means, faults, *self.key_sizes),
+            (key, key if value is None else value, means, *self.key_sizes),
             self.key_constants,
             num_warps=4,
         )
         gammas = place_gammas(self.config, query.device, torch.float32) if self.has_gammas else means
-        # The masses of a row lie where its indices will.
-        if self.width >= self.num_blocks:
-            masses = tables.full_kv_indices.view(torch.float32)
-        else:
-            masses = query.new_empty((*counts, self.num_blocks), dtype=torch.float32)
+        # The masses of a row lie where its indices will, if there is room.
+        masses = full_indices if self.mass_shape is None else query.new_empty(self.mass_shape, dtype=torch.int32)
         self.launcher.run(
             select_by_pools,
             self.grid,
-            (query, means, faults, gammas, masses, *tables, *self.sizes),
+            (query, means, gammas, masses, *tables, *self.sizes),
             self.constants,
             num_warps=self.tile.num_warps,
         )
