@@ -1,11 +1,11 @@
-"""Tensors to block masks: which blocks of attention a prompt needs, estimated at run time."""
+"""From tensors to block masks at run time: which blocks of attention a prompt needs. Nothing here reads a graph."""
 
 if not __name__.startswith("flexprefill_compile."):
     raise ImportError("import flexprefill_compile.block_masks; as 'block_masks' it would register its ops twice")
 
 from . import density_ceiling as density_ceiling  # registers its kernels
 from . import masked_prefill as masked_prefill  # registers its kernel, as the next does
-from . import observing as observing
+from . import observed_attention as observed_attention
 from .prefill import create_prefill_block_mask
 from .recording import record_densities
 

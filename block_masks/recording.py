@@ -1,4 +1,4 @@
-"""Watch what the selections of a prefill cost, from outside the compiled graph."""
+"""Record the densities of a prefill's selections, from outside the compiled graph."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from .layout import BlockTables
+from .layout import BlockTables, compute_density
 
 _recordings: list[list[Tensor]] = []
 
@@ -17,7 +17,7 @@ def record_densities() -> Iterator[list[Tensor]]:
     """Collect the density of every selection made meanwhile, in the order of the attention calls.
 
     A density is a (B, H) float tensor, the share of the blocks under its mask that a head computes, on the device of
-    the selection; recording one waits for nothing. Replayed CUDA graphs run no Python and are not seen.
+    the selection. No GPU sync. Replayed CUDA graphs run no Python and are not recorded.
     """
     recording: list[Tensor] = []
     _recordings.append(recording)
@@ -32,12 +32,9 @@ def record(tables: BlockTables, possible: Tensor | None = None) -> None:
 
     Args:
         tables: The selection.
-        possible: (B|1, H|1, num_q_blocks, num_k_blocks) bool, the blocks that dense attention would compute; None is
-            the causal ones.
+        possible: As of ``compute_density``.
     """
     if _recordings:
-        num_blocks = tables.kv_num_blocks.shape[-1]
-        computed = (tables.kv_num_blocks + tables.full_kv_num_blocks).sum(-1)
-        of = num_blocks * (num_blocks + 1) / 2 if possible is None else possible.sum((-2, -1)).clamp(min=1)
+        density = compute_density(tables, possible)
         for recording in _recordings:
-            recording.append(computed / of)
+            recording.append(density)

@@ -1,8 +1,8 @@
-"""Exact rows and antidiagonals, averaged: what sampled queries miss the tiles hear, and the other way round.
+"""Exact rows and antidiagonals, averaged: each finds what the other misses.
 
-A row in 8 is computed over all keys: sharp attention to single keys is found, where the row is typical of its
-neighbours. The other half sums scores along the antidiagonals of tiles: every query and every key has a part in it, but
-the sum blurs.
+One query in 8 attends to all keys, exactly: that finds sharp attention to single keys, as long as the query is typical
+of its neighbours. The other half sums scores along the antidiagonals of tiles: every query and every key takes part,
+but the sum blurs single keys.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from .inputs import EstimatorInputs
 from .xattention import score_antidiagonals
 
 # On SmolLM2 more rows, or smaller tiles, gain nothing; fewer rows lose: benchmarks/auto_variants.py.
-TOKENS_PER_ROW = 8
-STRIDE = 16
+_TOKENS_PER_ROW = 8
+_STRIDE = 16
 
 
 def score_auto(inputs: EstimatorInputs) -> Tensor:
     """Return the mean of both distributions, (B, H, num_q_blocks, num_k_blocks)."""
-    rows = inputs.share_of_rows(inputs.block_size // TOKENS_PER_ROW)
-    return rows.add_(score_antidiagonals(inputs, STRIDE)).div_(2)
+    rows = inputs.share_of_rows(inputs.block_size // _TOKENS_PER_ROW)
+    return rows.add_(score_antidiagonals(inputs, _STRIDE)).div_(2)

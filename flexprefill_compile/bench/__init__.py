@@ -1,1 +1,1 @@
-"""``flexprefill bench`` and ``flexprefill bench-model``: what sparse prefill costs and gains."""
+"""What sparse prefill costs and gains in time. Law: all that is compared is timed on the same inputs."""

@@ -1,1 +1,1 @@
-"""The command line: one file a command, with its arguments and its run."""
+"""The command line. Law: one file is one command, its help, its arguments and its run; ``cli.py`` lists them."""

@@ -21,11 +21,11 @@ from .checks import (
     check_budgets,
     check_tau,
     is_integer,
-    settle_gamma,
+    resolve_gamma,
 )
 from .registry import check_estimator, name_estimator
 
-FORMAT = 1
+_FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class LayerPolicy:
 
     def __post_init__(self) -> None:
         if self.gamma is not None:
-            object.__setattr__(self, "gamma", settle_gamma(self.gamma))
+            object.__setattr__(self, "gamma", resolve_gamma(self.gamma))
         if self.tau is not None:
             check_tau(self.tau)
         check_budgets(self.min_budget, self.max_budget)
@@ -143,7 +143,7 @@ class Policy:
             str(layer): settings.overrides() | ({"dense": True} if settings.dense else {})
             for layer, settings in dict(self.layers).items()
         }
-        content = {"format": FORMAT, "model": dataclasses.asdict(self.model), "layers": layers}
+        content = {"format": _FORMAT, "model": dataclasses.asdict(self.model), "layers": layers}
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -155,8 +155,8 @@ class Policy:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise InvalidOptionError(f'it must be a JSON object with "format": {FORMAT}')
+            if not isinstance(content, dict) or content.get("format") != _FORMAT:
+                raise InvalidOptionError(f'it must be a JSON object with "format": {_FORMAT}')
             layers = {int(layer): LayerPolicy(**settings) for layer, settings in content["layers"].items()}
             return cls(ModelShape(**content["model"]), layers)
         except KeyError as error:
@@ -165,7 +165,7 @@ class Policy:
             raise InvalidOptionError(f"{path} holds no policy: {_first_line(error)}") from None
 
 
-def settle_policy(policy: Any) -> Policy | None:
+def resolve_policy(policy: Any) -> Policy | None:
     """Return the policy that an option stands for: one, or the path of its file.
 
     Raises:

@@ -7,12 +7,12 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .confidence import EVERYTHING, Interval, compute_mean_interval, compute_share_interval
+from .confidence import EVERYTHING, ConfidenceInterval, compute_mean_interval, compute_share_interval
 from .scoring import Score
 from .table import TEXTS
 
 # Nats a token that two exact computations of the same attention may differ by: less than this is no difference.
-ROUNDING = 1e-4
+_ROUNDING = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Comparison:
         return statistics.fmean(self._differences("log_likelihood"))
 
     @property
-    def interval(self) -> Interval:
+    def interval(self) -> ConfidenceInterval:
         """The 95 % interval of ``difference``."""
         return compute_mean_interval(self._differences("log_likelihood"))
 
     @property
-    def accuracy_interval(self) -> Interval:
+    def accuracy_interval(self) -> ConfidenceInterval:
         """The 95 % interval of the accuracy, sparse minus dense."""
         if len(self.dense) < 2:
             return EVERYTHING
@@ -65,9 +65,9 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """``worse`` or ``better`` where an interval lies wholly on one side of zero, else ``no difference seen``."""
-        if self.interval.is_below(-ROUNDING) or self.accuracy_interval.is_below(0):
+        if self.interval.is_below(-_ROUNDING) or self.accuracy_interval.is_below(0):
             return "worse"
-        if self.interval.is_above(ROUNDING) or self.accuracy_interval.is_above(0):
+        if self.interval.is_above(_ROUNDING) or self.accuracy_interval.is_above(0):
             return "better"
         return "no difference seen"
 
@@ -85,5 +85,5 @@ class Comparison:
         return [getattr(s, name) - getattr(d, name) for d, s in zip(self.dense, self.sparse, strict=True)]
 
 
-def _as_list(interval: Interval) -> list[float] | None:
+def _as_list(interval: ConfidenceInterval) -> list[float] | None:
     return None if interval == EVERYTHING else [interval.low, interval.high]

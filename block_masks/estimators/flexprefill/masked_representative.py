@@ -8,18 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...attention_inputs import SCORES_AT_ONCE, apply_softcap
 from ...layout import take_blocks
 from ...masks.facts import MaskFacts
-from ...segments import Runs, logsumexp_runs, sum_runs
-from .representative import SCORES_AT_ONCE, RepresentativeAttention, sum_diagonals
+from ...segments import Segments, logsumexp_segments, sum_segments
+from .representative import RepresentativeAttention, sum_diagonals
 
 
 class ScoreRule(NamedTuple):
-    """How a score comes about: softcap * tanh(scale * q.k / softcap) + bias.
+    """The formula of a score: softcap * tanh(scale * q.k / softcap) + bias.
 
     Attributes:
         scale: Factor on q.k.
-        softcap: None is none.
+        softcap: None for none.
         bias: (B|1, H|1, num_k_blocks, block_size, block_size) for the representative queries, as their row_mask; None
             is none.
     """
@@ -30,16 +31,16 @@ class ScoreRule(NamedTuple):
 
     def cap(self, scores: Tensor) -> Tensor:
         """Apply the softcap, in place, to scores that are scaled."""
-        return scores if self.softcap is None else scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        return apply_softcap(scores, self.softcap)
 
 
-class MaskedAttention(NamedTuple):
-    """Where the representative queries of each sequence look, and what must be known beside.
+class _MaskedAttention(NamedTuple):
+    """The pooled attention of each sequence's representative queries.
 
     Attributes:
         pooled: ``columns`` (B, H, num_k_blocks) and ``diagonals`` (B, H, num_slots), of which slot first_block + d is
             diagonal d of a sequence. Each sums to 1 over a sequence that has representative queries.
-        is_seen: (B|1, H|1, num_k_blocks) bool, the blocks of which they see anything.
+        is_seen: (B|1, H|1, num_k_blocks) bool, the blocks of which they see any key.
         is_finite: (B, H) bool, whether all their scores are.
     """
 
@@ -49,8 +50,8 @@ class MaskedAttention(NamedTuple):
 
 
 def compute_masked_attention(
-    query: Tensor, key: Tensor, facts: MaskFacts, rule: ScoreRule, runs: Runs | None, dtype: torch.dtype
-) -> MaskedAttention:
+    query: Tensor, key: Tensor, facts: MaskFacts, rule: ScoreRule, segments: Segments | None, dtype: torch.dtype
+) -> _MaskedAttention:
     """Pool softmax(Q^ K^T) of each sequence onto its key blocks and block diagonals.
 
     As in ``compute_representative_attention``, the scores are made twice, a chunk of key blocks at a time. Memory peaks
@@ -61,7 +62,7 @@ def compute_masked_attention(
         key: (B, Hkv, K, D).
         facts: Of the mask.
         rule: From q.k to scores.
-        runs: The blocks of each packed sequence, (B|1, 1, num_k_blocks); None is one sequence a row of the batch.
+        segments: The blocks of each packed sequence, (B|1, 1, num_k_blocks); None is one sequence a row of the batch.
         dtype: The dtype of the computation.
 
     Source: FlexPrefill, Algorithm 3, with diagonals pooled onto blocks by their shares.
@@ -71,9 +72,9 @@ def compute_masked_attention(
         [scores.logsumexp(-1).flatten(1, 2) for _, scores in _stream_scores(query, key, facts, rule, dtype)], dim=2
     )
     row_sees = facts.row_mask.any(-1)
-    runs_of_rows = None if runs is None else Runs(runs.first.unsqueeze(1), runs.last.unsqueeze(1))
-    log_total = logsumexp_runs(log_sums.mT, runs_of_rows).mT
-    # A row that sees nothing: its scores are -inf and stay so.
+    segments_of_rows = None if segments is None else Segments(segments.first.unsqueeze(1), segments.last.unsqueeze(1))
+    log_total = logsumexp_segments(log_sums.mT, segments_of_rows).mT
+    # The scores of a row that sees nothing stay -inf.
     log_total = log_total.masked_fill(log_total == -torch.inf, 0).expand_as(log_sums).unflatten(1, heads)
 
     columns, anti_diagonals = [], []
@@ -81,9 +82,9 @@ def compute_masked_attention(
         mass = scores.sub_(log_total[..., blocks, :].unsqueeze(-1)).exp_()
         columns.append(mass.sum((-2, -1)).flatten(1, 2))
         anti_diagonals.append(sum_diagonals(mass).flatten(1, 2))
-    diagonals = _pool_anti_diagonals(torch.cat(anti_diagonals, dim=2), facts, is_packed=runs is not None)
-    return MaskedAttention(
-        RepresentativeAttention(_normalise(torch.cat(columns, dim=2), runs), _normalise(diagonals, runs)),
+    diagonals = _pool_anti_diagonals(torch.cat(anti_diagonals, dim=2), facts, is_packed=segments is not None)
+    return _MaskedAttention(
+        RepresentativeAttention(_normalise(torch.cat(columns, dim=2), segments), _normalise(diagonals, segments)),
         is_seen=row_sees.any(-1),
         is_finite=(log_sums.isfinite() | ~row_sees).all(-1).all(-1),
     )
@@ -163,7 +164,7 @@ def _pool_anti_diagonals(mass: Tensor, facts: MaskFacts, *, is_packed: bool) -> 
     past_middle = last_row % block_size - torch.arange(num_entries, device=device)
     distance = (past_middle.unsqueeze(-1) + steps * block_size).abs()
     shares = (1 - distance.to(mass.dtype) / block_size).clamp(min=0)
-    crossing = (mass.unsqueeze(-2) @ shares.unsqueeze(1)).squeeze(-2) if is_packed else mass @ shares
+    by_diagonal = (mass.unsqueeze(-2) @ shares.unsqueeze(1)).squeeze(-2) if is_packed else mass @ shares
 
     block = torch.arange(num_blocks, device=device).unsqueeze(-1)
     diagonal = last_row.div(block_size, rounding_mode="floor") + facts.block_offset - block - steps
@@ -171,7 +172,7 @@ def _pool_anti_diagonals(mass: Tensor, facts: MaskFacts, *, is_packed: bool) -> 
     # float64, in which the order of the additions, which a GPU leaves open, hardly ever shows.
     pooled = mass.new_zeros(batch, heads, num_blocks + (not is_packed), dtype=torch.float64)
     index = slots.flatten(1).unsqueeze(1).expand(batch, heads, -1)
-    return pooled.scatter_add_(-1, index, crossing.flatten(2).double()).to(mass.dtype)
+    return pooled.scatter_add_(-1, index, by_diagonal.flatten(2).double()).to(mass.dtype)
 
 
 def clamp_diagonals(diagonal: Tensor, first_block: Tensor, last_block: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ def clamp_diagonals(diagonal: Tensor, first_block: Tensor, last_block: Tensor) -
     return (first_block + diagonal.clamp(min=0)).minimum(last_block)
 
 
-def _normalise(mass: Tensor, runs: Runs | None) -> Tensor:
-    """Make each run sum to 1, or to 0 where it does."""
-    total = sum_runs(mass, runs)
+def _normalise(mass: Tensor, segments: Segments | None) -> Tensor:
+    """Make each segment sum to 1, or to 0 where it does."""
+    total = sum_segments(mass, segments)
     return mass / total.masked_fill(total == 0, 1)

@@ -1,1 +1,1 @@
-"""The paper's estimator as Triton kernels."""
+"""Selection by Triton kernels, from inputs or block scores to tables: one kernel and its launch a file."""
