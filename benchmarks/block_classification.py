@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from flexprefill_compile.block_masks.layout import AttentionSizes
 from flexprefill_compile.block_masks.masks.intervals import classify_blocks
-from flexprefill_compile.report import format_table
+from flexprefill_compile.text_table import format_table
 
 BLOCK_SIZE = 128
 

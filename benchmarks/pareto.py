@@ -26,7 +26,7 @@ from torch import Tensor
 
 from flexprefill_compile.errors import UsageError
 from flexprefill_compile.models import DEFAULT_TEXTS, load_model, read_tokens
-from flexprefill_compile.quality.calibration.measure import TextMeasurer, select_tables
+from flexprefill_compile.quality.calibration.text_measurer import TextMeasurer, select_tables
 from flexprefill_compile.settings.config import SparsePrefillConfig
 
 ESTIMATORS = ("auto", "flexprefill", "xattention", "sampled", "streaming", "oracle")

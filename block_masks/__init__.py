@@ -5,7 +5,7 @@ if not __name__.startswith("flexprefill_compile."):
 
 from . import density_ceiling as density_ceiling  # registers its kernels
 from . import masked_prefill as masked_prefill  # registers its kernel, as the next does
-from . import observing as observing
+from . import observed_attention as observed_attention
 from .prefill import create_prefill_block_mask
 from .recording import record_densities
 

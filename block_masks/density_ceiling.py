@@ -10,6 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flexprefill_compile.ops import ATTEND_DENSELY, IS_SPARSE
 from flexprefill_compile.torch_internals import attention_strides
 
+from .layout import count_causal_blocks
+
 # The fastest first: on an H200 cuDNN's kernel takes half the time of FlashAttention's.
 DENSE_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -39,8 +41,8 @@ def _is_sparse(
     """
     if length < from_length or (kv_num_blocks.is_cuda and torch.cuda.is_current_stream_capturing()):
         return torch.ones((), dtype=torch.bool)
-    num_blocks = kv_num_blocks.shape[-1]
-    num_causal = kv_num_blocks.numel() * (num_blocks + 1) / 2
+    batch, heads, num_blocks = kv_num_blocks.shape
+    num_causal = batch * heads * count_causal_blocks(num_blocks)
     # Row by row first: int32 holds that, and a sum into int64 copies its input.
     computed = (kv_num_blocks + full_kv_num_blocks).sum(-1, dtype=torch.int32).sum()
     return torch.tensor(computed.item() <= max_density * num_causal)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,12 +31,33 @@ class BlockTables(NamedTuple):
     full_kv_indices: Tensor
 
 
-def count_blocks(length: int, block_size: int) -> int:
+Length = TypeVar("Length", int, Tensor, int | Tensor)
+
+
+def count_blocks(length: Length, block_size: int) -> Length:
     """Return how many blocks cover ``length`` tokens, the last one perhaps ragged."""
     return (length + block_size - 1) // block_size
 
 
-def settle(x: Tensor) -> Tensor:
+def count_causal_blocks(num_blocks: int) -> int:
+    """Return how many blocks of a (num_blocks, num_blocks) grid causal attention reaches."""
+    return num_blocks * (num_blocks + 1) // 2
+
+
+def compute_density(tables: BlockTables, possible: Tensor | None = None) -> Tensor:
+    """Return the share of the blocks that dense attention would compute, (B, H) float32.
+
+    Args:
+        tables: The selection.
+        possible: (B|1, H|1, num_q_blocks, num_k_blocks) bool, the blocks under the mask; None is the causal ones.
+    """
+    computed = (tables.kv_num_blocks + tables.full_kv_num_blocks).sum(-1)
+    if possible is None:
+        return computed / count_causal_blocks(tables.kv_num_blocks.shape[-1])
+    return computed / possible.sum((-2, -1)).clamp(min=1)
+
+
+def realize(x: Tensor) -> Tensor:
     """Copy, in a way that inductor doesn't see through: what is computed from the copy isn't fused with ``x``."""
     return cast("Tensor", torch.ops.flexprefill.realize(x))
 
@@ -139,7 +160,7 @@ def pack_causal_blocks(selected: Tensor, width: int | None = None) -> BlockTable
     return BlockTables(*_pack(selected & ~selected.tril(-1), width), *_pack(selected.tril(-1), width))
 
 
-def pack_blocks(selected: Tensor, certain: Tensor) -> BlockTables:
+def pack_masked_blocks(selected: Tensor, certain: Tensor) -> BlockTables:
     """Pack a selection, split into the blocks that the mask may cross and those it leaves whole.
 
     Args:

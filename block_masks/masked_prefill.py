@@ -1,27 +1,25 @@
 """Block selection under any mask: the kernel of the op ``flexprefill::select_masked_blocks``.
 
-The steps are those of ``prefill.py``, for each sequence that the mask holds. ``mask_facts.py`` says what a sequence is
-and which tokens count.
+The steps are those of ``prefill.py``, for each sequence that the mask holds. ``masks/facts.py`` says what a sequence
+is and which tokens count.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexprefill_compile.ops import SELECT_MASKED_BLOCKS
+from flexprefill_compile.ops import SELECT_MASKED_BLOCKS, define_select_masked_blocks
 from flexprefill_compile.settings.config import SparsePrefillConfig
 
-from .choice import Choice
-from .estimators.flexprefill.masked_choose import choose_masked_flexprefill, list_candidates
 from .estimators.flexprefill.masked_representative import ScoreRule
+from .estimators.flexprefill.masked_selection import list_candidates
 from .estimators.inputs import EstimatorInputs
-from .estimators.table import choose_blocks, looks_at_scores
+from .estimators.table import find_row
 from .gammas import place_gammas, take_all_of_dense_heads
-from .layout import count_blocks, pack_blocks
+from .layout import count_blocks, pack_masked_blocks
 from .masks.facts import MaskFacts
 from .recording import record
 from .select import bound_rows
@@ -58,10 +56,7 @@ def select_masked_prefill_blocks(
     candidates = list_candidates(facts)
     optional = candidates & ~facts.required
     inputs = EstimatorInputs(query, key, rule.scale, config.block_size, candidates, facts, rule.softcap)
-    if config.estimator == "flexprefill" or (rule.bias is not None and looks_at_scores(config)):
-        choice = choose_masked_flexprefill(inputs, facts, rule, config)
-    else:
-        choice = _choose_what_is_certain(inputs, facts, config)
+    choice = find_row(config).choose_masked(inputs, facts, rule, config)
     selected = take_all_of_dense_heads(place_gammas(config, query.device), choice.selected, optional)
     if config.dense_last:
         selected = selected | _find_dense_rows(facts, config).unsqueeze(-1)
@@ -80,20 +75,6 @@ def select_masked_prefill_blocks(
     return torch.where(is_finite[..., None, None], selected | facts.required, possible)
 
 
-def _choose_what_is_certain(inputs: EstimatorInputs, facts: MaskFacts, config: SparsePrefillConfig) -> Choice:
-    """Let an estimator score the blocks of which it is known what the mask hides.
-
-    Those are the whole ones, and those that are computed in any case. Of others, such as the edge of a window, only the
-    mask's own function knows which keys are seen: all of them are selected, first of all, and scored by nobody.
-    """
-    is_known = facts.certain | facts.required
-    choice = choose_blocks(dataclasses.replace(inputs, grid=inputs.grid & is_known), config)
-    if config.estimator == "streaming":
-        return choice
-    selected = choice.selected | ~is_known
-    return choice._replace(selected=selected, score=torch.where(is_known, choice.score, torch.inf))
-
-
 def _find_dense_rows(facts: MaskFacts, config: SparsePrefillConfig) -> Tensor:
     """Return which query blocks hold any of the last ``dense_last`` queries of a sequence, (B|1, 1, num_q_blocks)."""
     last_row = facts.rows[..., 0]
@@ -102,43 +83,18 @@ def _find_dense_rows(facts: MaskFacts, config: SparsePrefillConfig) -> Tensor:
 
 
 def _select_masked_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    certain: Tensor,
-    possible: Tensor,
-    required: Tensor,
-    rows: Tensor,
-    row_mask: Tensor,
-    key_counts: Tensor,
-    query_counts: Tensor,
-    first_block: Tensor,
-    last_block: Tensor,
-    block_offset: Tensor,
-    offset: Tensor,
-    score_bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    *selection: Any,
+    query: Tensor, key: Tensor, value: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    facts = MaskFacts(
-        certain=certain,
-        possible=possible,
-        required=required,
-        rows=rows,
-        row_mask=row_mask,
-        key_counts=key_counts,
-        query_counts=query_counts,
-        first_block=first_block,
-        last_block=last_block,
-        block_offset=block_offset,
-        offset=offset,
-    )
+    num_facts = len(MaskFacts._fields)
+    facts = MaskFacts(*arguments[:num_facts])
+    score_bias, scale, softcap, *selection = arguments[num_facts:]
     config = SparsePrefillConfig.from_selection(*selection)
     rule = ScoreRule(scale, softcap, score_bias)
-    tables = pack_blocks(select_masked_prefill_blocks(query, key, value, facts, rule, config), certain)
-    record(tables, possible)
+    selected = select_masked_prefill_blocks(query, key, value, facts, rule, config)
+    tables = pack_masked_blocks(selected, facts.certain)
+    record(tables, facts.possible)
     return tables
 
 
+define_select_masked_blocks(MaskFacts._fields)
 torch.library.impl(SELECT_MASKED_BLOCKS, ("CPU", "CUDA"), _select_masked_blocks)

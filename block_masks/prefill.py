@@ -17,18 +17,12 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexprefill_compile.ops import SELECT_BLOCKS, index_width
 from flexprefill_compile.settings.config import SparsePrefillConfig
 
-from .estimators.flexprefill.choose import choose_flexprefill
 from .estimators.inputs import EstimatorInputs
-from .estimators.table import choose_blocks, looks_at_scores, score_blocks
+from .estimators.table import find_row
 from .gammas import place_gammas, take_all_of_dense_heads
-from .layout import (
-    BlockTables,
-    count_blocks,
-    create_causal_grid,
-    pack_causal_blocks,
-)
+from .layout import BlockTables, count_blocks, create_causal_grid, pack_causal_blocks
 from .recording import record
-from .select import apply_budget
+from .select import apply_budget, first_dense_block
 
 
 def create_prefill_block_mask(
@@ -105,36 +99,13 @@ def select_prefill_tables(
     config: SparsePrefillConfig,
     width: int,
 ) -> BlockTables:
-    """Select and pack, on a GPU by the kernels of ``triton_kernels`` where they take the inputs."""
-    if query.is_cuda and looks_at_scores(config):
-        tables = _select_by_kernels(query, key, value, scale, config, width)
+    """Select and pack the blocks of causal attention, on a GPU by Triton kernels where they take the inputs."""
+    select_by_kernels = find_row(config).select_by_kernels
+    if query.is_cuda and select_by_kernels is not None:
+        tables = select_by_kernels(query, key, value, scale, config, width)
         if tables is not None:
             return tables
     return pack_causal_blocks(select_prefill_blocks(query, key, value, scale, config), width)
-
-
-def _select_by_kernels(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    scale: float,
-    config: SparsePrefillConfig,
-    width: int,
-) -> BlockTables | None:
-    try:
-        from .kernels.flexprefill import select as triton_kernels  # noqa: PLC0415  (Triton is not on every platform)
-    except ImportError:
-        return None
-    tables: BlockTables | None
-    if config.estimator == "flexprefill":
-        tables = triton_kernels.try_select(query, key, value, scale, config, width)
-    elif config.is_dense or not triton_kernels.can_select(query, value, config):
-        return None
-    else:
-        grid = create_causal_grid(count_blocks(query.shape[-2], config.block_size), query.device)
-        scores = score_blocks(EstimatorInputs(query, key, scale, config.block_size, grid[None, None]), config)
-        tables = triton_kernels.try_select_scored(query, key, value, scores, config, width)
-    return tables
 
 
 def select_prefill_blocks(
@@ -166,8 +137,7 @@ def select_prefill_blocks(
         return causal.expand(batch, heads, -1, -1)
 
     inputs = EstimatorInputs(query, key, scale, block_size, causal.expand(1, 1, -1, -1))
-    choose = choose_flexprefill if config.estimator == "flexprefill" else choose_blocks
-    choice = choose(inputs, config)
+    choice = find_row(config).choose(inputs, config)
     selected = take_all_of_dense_heads(place_gammas(config, query.device), choice.selected, causal)
     if config.dense_last:
         block = torch.arange(num_blocks, device=query.device).unsqueeze(-1)
@@ -187,13 +157,6 @@ def select_prefill_blocks(
         min_blocks=count_blocks(config.min_budget, block_size),
         max_blocks=None if config.max_budget is None else config.max_budget // block_size,
     )
-
-
-def first_dense_block(length: int, config: SparsePrefillConfig) -> int:
-    """Return the query block from which on ``dense_last`` keeps every block, num_blocks for none."""
-    if config.dense_last == 0:
-        return count_blocks(length, config.block_size)
-    return max(0, length - config.dense_last) // config.block_size
 
 
 def _largest_by_block(x: Tensor, block_size: int) -> Tensor:

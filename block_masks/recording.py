@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from .layout import BlockTables
+from .layout import BlockTables, compute_density
 
 _recordings: list[list[Tensor]] = []
 
@@ -36,8 +36,6 @@ def record(tables: BlockTables, possible: Tensor | None = None) -> None:
             the causal ones.
     """
     if _recordings:
-        num_blocks = tables.kv_num_blocks.shape[-1]
-        computed = (tables.kv_num_blocks + tables.full_kv_num_blocks).sum(-1)
-        of = num_blocks * (num_blocks + 1) / 2 if possible is None else possible.sum((-2, -1)).clamp(min=1)
+        density = compute_density(tables, possible)
         for recording in _recordings:
-            recording.append(computed / of)
+            recording.append(density)

@@ -5,38 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .segments import Runs
+from flexprefill_compile.settings.config import SparsePrefillConfig
+
+from .layout import count_blocks
+from .segments import Segments
 
 
-def select_cumulative(mass: Tensor, gamma: float | Tensor, runs: Runs | None = None) -> Tensor:
-    """Select the fewest entries of each row, or of each of its runs, whose mass reaches ``gamma`` of the total.
+def select_cumulative(mass: Tensor, gamma: float | Tensor, segments: Segments | None = None) -> Tensor:
+    """Select the fewest entries of each row, or of each of its segments, whose mass reaches ``gamma`` of the total.
 
     The entry that crosses the threshold is kept, so the share is reached. Equal masses are taken from the left.
 
     Args:
         mass: (..., N), not negative.
         gamma: In (0, 1]: a number, or a tensor that broadcasts to (..., 1).
-        runs: Broadcastable to (..., N); None makes each row one run.
+        segments: Broadcastable to (..., N); None makes each row one segment.
 
     Returns:
         (..., N) bool. Source: FlexPrefill, Algorithms 3 and 4, at the granularity of blocks.
     """
     ordered, order = mass.sort(dim=-1, descending=True, stable=True)
-    if runs is not None:
-        # Stable: within its run, an entry keeps its rank. A run's entries then lie where the run lies in ``mass``.
-        by_run = runs.first.int().expand_as(order).gather(-1, order).argsort(dim=-1, stable=True)
-        ordered, order = ordered.gather(-1, by_run), order.gather(-1, by_run)
+    if segments is not None:
+        # Stable: within its segment, an entry keeps its rank. Each segment then lies where it lies in ``mass``.
+        by_segment = segments.first.int().expand_as(order).gather(-1, order).argsort(dim=-1, stable=True)
+        ordered, order = ordered.gather(-1, by_segment), order.gather(-1, by_segment)
     # float64: a float32 running sum over num_blocks ** 2 entries would miss gamma by more than a block's mass.
     reached = ordered.cumsum(-1, dtype=torch.float64)
-    missing_before = reached - ordered < _goal(reached, ordered, gamma, runs)
+    missing_before = reached - ordered < _goal(reached, ordered, gamma, segments)
     return torch.zeros_like(missing_before).scatter_(-1, order, missing_before)
 
 
-def _goal(reached: Tensor, ordered: Tensor, gamma: float | Tensor, runs: Runs | None) -> Tensor:
-    """Return where the running sum has ``gamma`` of its run."""
-    if runs is None:
+def _goal(reached: Tensor, ordered: Tensor, gamma: float | Tensor, segments: Segments | None) -> Tensor:
+    """Return where the running sum has ``gamma`` of its segment."""
+    if segments is None:
         return gamma * reached[..., -1:]
-    first, last = runs.first.expand_as(reached), runs.last.expand_as(reached)
+    first, last = segments.first.expand_as(reached), segments.last.expand_as(reached)
     before = reached.gather(-1, first) - ordered.gather(-1, first)
     return before + gamma * (reached.gather(-1, last) - before)
 
@@ -80,3 +83,10 @@ def _best_in_row(score: Tensor, candidates: Tensor, count: int) -> Tensor:
     # A stable sort rather than topk, which leaves open how ties are broken.
     order = score.masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[..., :count], True) & candidates
+
+
+def first_dense_block(length: int, config: SparsePrefillConfig) -> int:
+    """Return the query block from which on ``dense_last`` keeps every block, num_blocks for none."""
+    if config.dense_last == 0:
+        return count_blocks(length, config.block_size)
+    return max(0, length - config.dense_last) // config.block_size

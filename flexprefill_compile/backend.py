@@ -22,7 +22,7 @@ from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass, find_si
 
 from .report import RewriteReport, Site, check_skips
 from .settings.config import DensityCeiling, InvalidOptionError, SparsePrefillConfig, split_options
-from .settings.device_defaults import settle_ceiling, settle_min_length
+from .settings.device_defaults import resolve_ceiling, resolve_min_length
 from .torch_internals import (
     CONTROL_FLOW,
     GraphSnapshot,
@@ -72,9 +72,9 @@ class FlexPrefillBackend:
             AttentionSkippedError: ``on_skip="raise"`` and a call must stay dense.
         """
         config, config_patches = split_options(options, inductor_option_names())
-        config = settle_min_length(config, example_inputs)
+        config = resolve_min_length(config, example_inputs)
         config_patches = mode_patches(mode) | config_patches
-        ceiling = settle_ceiling(config, example_inputs, has_cuda_graphs=has_cuda_graphs(config_patches))
+        ceiling = resolve_ceiling(config, example_inputs, has_cuda_graphs=has_cuda_graphs(config_patches))
         compiled, sites = compile_graph(
             graph_module, example_inputs, config, config_patches, ceiling, self.observed_rows
         )

@@ -1,16 +1,19 @@
 """The custom ops that appear in a rewritten graph: their schemas and fakes. Torch only, registered at import.
 
 The kernels are registered by ``block_masks/prefill.py``, ``block_masks/masked_prefill.py``,
-``block_masks/density_ceiling.py`` and ``block_masks/observing.py`` and, for the CPU's ``realize``, here.
+``block_masks/density_ceiling.py`` and ``block_masks/observed_attention.py``; those of ``realize`` and ``check_mask``
+here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor
 
+from .settings.config import SELECTION
 from .torch_internals import attention_strides
 
 NAMESPACE = "flexprefill"
@@ -24,18 +27,11 @@ OBSERVE = f"{NAMESPACE}::observe"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
+_SELECTION_ARGUMENTS = ", ".join(f"{type_} {name}" for name, type_ in SELECTION.items())
+_TABLES = "(Tensor, Tensor, Tensor, Tensor)"
+
 _library.define(
-    "select_blocks(Tensor query, Tensor key, Tensor? value, float scale, float[] gamma, float tau, int min_budget, "
-    "int? max_budget, int block_size, int dense_last, str estimator) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    # From ``certain`` to ``offset`` the fields of ``block_masks.mask_facts.MaskFacts``.
-    "select_masked_blocks(Tensor query, Tensor key, Tensor? value, Tensor certain, Tensor possible, Tensor required, "
-    "Tensor rows, Tensor row_mask, Tensor key_counts, Tensor query_counts, Tensor first_block, Tensor last_block, "
-    "Tensor block_offset, Tensor offset, Tensor? score_bias, float scale, float? softcap, float[] gamma, float tau, "
-    "int min_budget, int? max_budget, int block_size, int dense_last, str estimator) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"select_blocks(Tensor query, Tensor key, Tensor? value, float scale, {_SELECTION_ARGUMENTS}) -> {_TABLES}",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -64,6 +60,20 @@ _library.define(
 )
 
 
+def define_select_masked_blocks(facts: Iterable[str]) -> None:
+    """Define the op ``select_masked_blocks``, which takes what is known of a mask as one tensor each.
+
+    Args:
+        facts: Their names, the first of them ``certain``, (B|1, H|1, num_q_blocks, num_k_blocks).
+    """
+    _library.define(
+        f"select_masked_blocks(Tensor query, Tensor key, Tensor? value, {', '.join(f'Tensor {f}' for f in facts)}, "
+        f"Tensor? score_bias, float scale, float? softcap, {_SELECTION_ARGUMENTS}) -> {_TABLES}",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    torch.library.register_fake(SELECT_MASKED_BLOCKS, _fake_select_masked_blocks, lib=_library)
+
+
 def index_width(num_blocks: int | SymInt, block_size: int, max_budget: int | None, device_type: str) -> Any:
     """Return how many columns the tables' indices have: as many as a row can need.
 
@@ -76,20 +86,13 @@ def index_width(num_blocks: int | SymInt, block_size: int, max_budget: int | Non
 
 
 def _fake_select_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    scale: float,
-    gamma: list[float],
-    tau: float,
-    min_budget: int,
-    max_budget: int | None,
-    block_size: int,
-    dense_last: int,
-    estimator: str,
+    query: Tensor, key: Tensor, value: Tensor | None, scale: float, *selection: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    settings = dict(zip(SELECTION, selection, strict=True))
+    block_size = settings["block_size"]
     num_blocks = (query.shape[2] + block_size - 1) // block_size
-    return _empty_tables(query, num_blocks, index_width(num_blocks, block_size, max_budget, query.device.type))
+    width = index_width(num_blocks, block_size, settings["max_budget"], query.device.type)
+    return _empty_tables(query, num_blocks, width)
 
 
 def _fake_select_masked_blocks(
@@ -167,6 +170,5 @@ torch.library.register_fake(OBSERVE, _fake_observe, lib=_library)
 torch.library.register_fake(IS_SPARSE, _fake_is_sparse, lib=_library)
 torch.library.register_fake(ATTEND_DENSELY, _fake_attend_densely, lib=_library)
 torch.library.register_fake(SELECT_BLOCKS, _fake_select_blocks, lib=_library)
-torch.library.register_fake(SELECT_MASKED_BLOCKS, _fake_select_masked_blocks, lib=_library)
 torch.library.register_fake(REALIZE, _fake_realize, lib=_library)
 torch.library.impl(REALIZE, "CompositeExplicitAutograd", _realize, lib=_library)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+from .text_table import format_table
 from .torch_internals import PassesThroughDynamo
 
 
@@ -121,14 +122,6 @@ def check_skips(sites: Iterable[Site]) -> None:
     for site in sites:
         if isinstance(site, Skipped) and not site.reason.is_by_design:
             raise AttentionSkippedError(f"on_skip='raise', and attention call {site.name} stays {_outcome(site)}")
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows of text in aligned columns under a header."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
 
 
 def _outcome(site: Site) -> str:

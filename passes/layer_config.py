@@ -1,4 +1,4 @@
-"""Which settings hold in which attention layer: the config's, under those of its policy."""
+"""The settings of each attention layer: its policy's, where it has some, else the config's."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from flexprefill_compile.settings.config import InvalidOptionError, SparsePrefil
 from flexprefill_compile.settings.policy import Policy
 
 # A path of integers and names: model.layers.3.self_attn, layers[3], getattr(layers, '3').
-LAYER_NUMBER = re.compile(r"(?<!\w)\d+(?!\w)")
+_LAYER_NUMBER = re.compile(r"(?<!\w)\d+(?!\w)")
 
 
 def number_layer(name: str, ordinal: int) -> int:
     """Return the number of an attention's layer: the first one in its name, else its place in the graph."""
-    number = LAYER_NUMBER.search(name)
+    number = _LAYER_NUMBER.search(name)
     return int(number.group()) if number else ordinal
 
 

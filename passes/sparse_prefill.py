@@ -12,13 +12,14 @@ from flexprefill_compile.report import Rewritten, Site, Skipped, SkipReason
 from flexprefill_compile.settings.config import DensityCeiling, SparsePrefillConfig
 
 from .base import GraphPass, graph_modules
+from .graph.nodes import example_of
 from .layer_config import check_number_of_layers, config_for_layer, number_layer
-from .lift.site import LiftedMasks, LiftedSite, lift_site
+from .lift.lifted_site import LiftedMasks, LiftedSite, lift_site
 from .match.attention import match_attention
-from .match.site import AttentionSite, example_of
+from .match.site import AttentionSite
 from .rewrite.attention import rewrite_attention
 from .rewrite.kernel_options import refuse_flash
-from .rewrite.shared_masks import MaskSharing
+from .rewrite.mask_sharing import MaskSharing
 
 
 class SparsePrefillPass(GraphPass):
@@ -38,10 +39,10 @@ class SparsePrefillPass(GraphPass):
         """Take what to do.
 
         Args:
-            config: What to select.
+            config: How to select blocks.
             failures: The signatures that inductor could not lower, with its error: they stay dense.
-            ceiling: When plain causal attention runs dense after all.
-            observed_rows: How many rows of each rewritten attention are to be observed.
+            ceiling: Above which density plain causal attention runs dense; None is never.
+            observed_rows: How many query rows of each rewritten attention observers see.
         """
         self.config = config
         self.ceiling = ceiling
@@ -71,7 +72,7 @@ class SparsePrefillPass(GraphPass):
 
 
 class ConfiguredSite(NamedTuple):
-    """An attention, understood, and the settings of its layer."""
+    """A lifted attention site and the settings of its layer."""
 
     lifted: LiftedSite
     config: SparsePrefillConfig
@@ -103,7 +104,7 @@ class Layers:
 def find_attention(
     node: Node, config: SparsePrefillConfig, known: LiftedMasks, layers: Layers
 ) -> ConfiguredSite | Skipped | None:
-    """Return the attention that a node stands for, understood, or why it stays dense, or None for no attention."""
+    """Return the attention that a node stands for, lifted, or why it stays dense, or None for no attention."""
     match = match_attention(node, config)
     if match is None:
         return None

@@ -13,11 +13,11 @@ from .inputs import EstimatorInputs
 from .xattention import score_antidiagonals
 
 # On SmolLM2 more rows, or smaller tiles, gain nothing; fewer rows lose: benchmarks/auto_variants.py.
-TOKENS_PER_ROW = 8
-STRIDE = 16
+_TOKENS_PER_ROW = 8
+_STRIDE = 16
 
 
 def score_auto(inputs: EstimatorInputs) -> Tensor:
     """Return the mean of both distributions, (B, H, num_q_blocks, num_k_blocks)."""
-    rows = inputs.share_of_rows(inputs.block_size // TOKENS_PER_ROW)
-    return rows.add_(score_antidiagonals(inputs, STRIDE)).div_(2)
+    rows = inputs.share_of_rows(inputs.block_size // _TOKENS_PER_ROW)
+    return rows.add_(score_antidiagonals(inputs, _STRIDE)).div_(2)

@@ -8,15 +8,12 @@ A row or a column is a token, or stands for a group of tokens. Scores are made f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .flexprefill.representative import SCORES_AT_ONCE
-
-if TYPE_CHECKING:
-    from .inputs import EstimatorInputs
+from ..attention_inputs import SCORES_AT_ONCE, AttentionInputs
 
 
 class Rows(NamedTuple):
@@ -24,12 +21,12 @@ class Rows(NamedTuple):
 
     Attributes:
         take: Returns those of the blocks from one up to another: (B, H, blocks, R, D).
-        counts: (B|1, num_q_blocks, R) int, how many tokens each stands for; 0 is left out.
+        num_tokens: (B|1, num_q_blocks, R) int, how many tokens each stands for; 0 is left out.
         positions: (B|1, num_q_blocks, R) int, the last query that each stands for.
     """
 
     take: Callable[[int, int], Tensor]
-    counts: Tensor
+    num_tokens: Tensor
     positions: Tensor
 
 
@@ -38,23 +35,23 @@ class Columns(NamedTuple):
 
     Attributes:
         vectors: (B, Hkv, num_k_blocks * C, D).
-        counts: (B|1, num_k_blocks, C, tokens) bool, which of the tokens that a vector stands for count. A vector has
-            the weight of those that do.
+        is_counted: (B|1, num_k_blocks, C, tokens) bool, which of the tokens that a vector stands for count. A vector
+            has the weight of those that do.
     """
 
     vectors: Tensor
-    counts: Tensor
+    is_counted: Tensor
 
 
-def compute_block_shares(inputs: EstimatorInputs, rows: Rows, columns: Columns, scale: float) -> Tensor:
+def compute_block_shares(inputs: AttentionInputs, rows: Rows, columns: Columns, scale: float) -> Tensor:
     """Return the mean attention of each query block's rows on each key block.
 
     Returns:
         (B, H, num_q_blocks, num_k_blocks), zero off the grid.
     """
     batch, heads, num_q_blocks, num_k_blocks = inputs.shape
-    num_rows, num_columns = rows.counts.shape[-1], columns.counts.shape[2]
-    weights = rows.counts.to(inputs.dtype)
+    num_rows, num_columns = rows.num_tokens.shape[-1], columns.is_counted.shape[2]
+    weights = rows.num_tokens.to(inputs.dtype)
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
     shares = weights.new_zeros(inputs.shape)
     a_block = batch * heads * num_rows * num_k_blocks * num_columns
@@ -76,16 +73,16 @@ def compute_block_shares(inputs: EstimatorInputs, rows: Rows, columns: Columns, 
 class _Visibility:
     """Which rows see which columns."""
 
-    def __init__(self, inputs: EstimatorInputs, rows: Rows, columns: Columns) -> None:
+    def __init__(self, inputs: AttentionInputs, rows: Rows, columns: Columns) -> None:
         self.grid, self.facts = inputs.grid, inputs.facts
-        num_blocks, num_columns, tokens = columns.counts.shape[1:]
+        num_blocks, num_columns, tokens = columns.is_counted.shape[1:]
         starts = torch.arange(0, num_blocks * num_columns * tokens, tokens, device=self.grid.device)
         self.starts = starts.view(num_blocks, num_columns)
         self.positions = rows.positions if self.facts is None else rows.positions + self.facts.offset
-        counts = columns.counts.sum(-1)
-        self.is_empty = counts == 0
+        num_tokens = columns.is_counted.sum(-1)
+        self.is_empty = num_tokens == 0
         # A column that stands for fewer tokens than others weighs less.
-        self.log_weights = None if tokens == 1 else (counts.clamp(min=1) / tokens).to(inputs.product_dtype).log()
+        self.log_weights = None if tokens == 1 else (num_tokens.clamp(min=1) / tokens).to(inputs.product_dtype).log()
 
     def hide(self, scores: Tensor, first: int, last: int) -> None:
         """Lower the scores of hidden columns, in place; scores are (B, H, blocks, R, reach, C) of blocks from first on.

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from .inputs import EstimatorInputs
 
-ROWS_PER_BLOCK = 4
+_ROWS_PER_BLOCK = 4
 
 
 def score_sampled(inputs: EstimatorInputs) -> Tensor:
     """Return the mean attention of four queries of each block, (B, H, num_q_blocks, num_k_blocks)."""
-    return inputs.share_of_rows(ROWS_PER_BLOCK)
+    return inputs.share_of_rows(_ROWS_PER_BLOCK)

@@ -1,82 +1,89 @@
-"""Every estimator behind one function: from the inputs of an attention call to the blocks it wants.
+"""The table of estimators: one row each. A user's function has the row of a scoring estimator.
 
-Those that score blocks, a user's own among them, share the selection: the fewest blocks of each row that reach gamma.
+To add an estimator: write ``score_<name>`` in a file of its own, add a row here, and a row in docs/estimators.md.
 """
 
 from __future__ import annotations
 
-import torch
+import dataclasses
+import functools
+from collections.abc import Callable
+
 from torch import Tensor
 
 from flexprefill_compile.settings.config import SparsePrefillConfig
-from flexprefill_compile.settings.registry import Estimator, find_estimator
+from flexprefill_compile.settings.registry import BuiltIn, register_built_in
 
 from ..choice import Choice
-from ..gammas import place_gammas
-from ..select import select_cumulative
+from ..layout import BlockTables
+from ..masks.facts import MaskFacts
 from .auto import score_auto
+from .fixed import choose_dense, choose_masked_dense, choose_masked_streaming, choose_streaming
+from .flexprefill.causal_selection import choose_flexprefill
+from .flexprefill.masked_representative import ScoreRule
+from .flexprefill.masked_selection import choose_masked_flexprefill
 from .inputs import EstimatorInputs
+from .kernel_calls import select_flexprefill
 from .sampled import score_sampled
+from .scoring import Choose, Score, choose_by_score, choose_masked_by_score, score_by_user, select_by_score
 from .xattention import score_xattention
 
-SCORING: dict[str, Estimator] = {"auto": score_auto, "sampled": score_sampled, "xattention": score_xattention}
+ChooseMasked = Callable[[EstimatorInputs, MaskFacts, ScoreRule, SparsePrefillConfig], Choice]
+SelectByKernels = Callable[[Tensor, Tensor, Tensor | None, float, SparsePrefillConfig, int], BlockTables | None]
 
 
-def choose_blocks(inputs: EstimatorInputs, config: SparsePrefillConfig) -> Choice:
-    """Choose blocks by any estimator but ``flexprefill``.
+@dataclasses.dataclass(frozen=True)
+class EstimatorRow(BuiltIn):
+    """One estimator.
 
-    Raises:
-        ValueError: A user's function returns something else than block scores.
+    Attributes:
+        name: What ``SparsePrefillConfig.estimator`` calls it.
+        is_dense: Whether it keeps every block.
+        choose: Chooses blocks of causal attention.
+        choose_masked: Chooses blocks under a mask.
+        select_by_kernels: Selects and packs blocks of causal attention on a GPU, from query, key, value, scale, config
+            and the width of the indices; returns None where the kernels don't take the inputs. None for an estimator
+            that reads neither queries nor keys.
+        score: Returns block scores, (B, H, num_q_blocks, num_k_blocks), zero off the grid; None for an estimator that
+            chooses without scores.
     """
-    if config.estimator == "streaming":
-        nearness = score_nearness(inputs)
-        # The floor takes the nearest: they are the window.
-        return Choice(torch.zeros_like(nearness, dtype=torch.bool), nearness, _all_finite(inputs))
-    if config.estimator == "dense":
-        return Choice(inputs.grid.expand(inputs.shape), score_nearness(inputs), _all_finite(inputs))
-    score = score_blocks(inputs, config)
-    gamma = place_gammas(config, score.device)
-    selected = select_cumulative(score, gamma if isinstance(gamma, float | int) else gamma.unsqueeze(-1))
-    return Choice(selected, score, torch.isfinite(score.sum((-2, -1))))
+
+    choose: Choose
+    choose_masked: ChooseMasked
+    select_by_kernels: SelectByKernels | None = None
+    score: Score | None = None
 
 
-def score_blocks(inputs: EstimatorInputs, config: SparsePrefillConfig) -> Tensor:
-    """Return the scores of an estimator that scores blocks, (B, H, num_q_blocks, num_k_blocks), zero off the grid.
+def _score_with(name: str, score: Score) -> EstimatorRow:
+    """Return the row of an estimator that scores blocks."""
+    return EstimatorRow(
+        name=name,
+        choose=functools.partial(choose_by_score, score),
+        choose_masked=functools.partial(choose_masked_by_score, score),
+        select_by_kernels=functools.partial(select_by_score, score),
+        score=score,
+    )
 
-    Raises:
-        ValueError: A user's function returns something else than block scores.
-    """
+
+_ROWS = (
+    EstimatorRow(
+        name="flexprefill",
+        choose=choose_flexprefill,
+        choose_masked=choose_masked_flexprefill,
+        select_by_kernels=select_flexprefill,
+    ),
+    _score_with("auto", score_auto),
+    _score_with("xattention", score_xattention),
+    _score_with("sampled", score_sampled),
+    EstimatorRow(name="streaming", choose=choose_streaming, choose_masked=choose_masked_streaming),
+    EstimatorRow(name="dense", is_dense=True, choose=choose_dense, choose_masked=choose_masked_dense),
+)
+ESTIMATORS = {row.name: row for row in _ROWS}
+for _row in _ROWS:
+    register_built_in(_row)
+
+
+def find_row(config: SparsePrefillConfig) -> EstimatorRow:
+    """Return the row of the config's estimator, built in or a user's."""
     name = str(config.estimator)
-    return SCORING[name](inputs) if name in SCORING else score_by_user(name, inputs)
-
-
-def looks_at_scores(config: SparsePrefillConfig) -> bool:
-    """Tell whether an estimator depends on queries and keys."""
-    return config.estimator not in ("streaming", "dense")
-
-
-def score_nearness(inputs: EstimatorInputs) -> Tensor:
-    """Return scores that only say how near a key block is to the queries: 1 for their own, less further off."""
-    num_q_blocks, num_k_blocks = inputs.shape[-2:]
-    own = torch.arange(num_q_blocks, device=inputs.grid.device).unsqueeze(-1)
-    if inputs.facts is not None:
-        own = own + inputs.facts.block_offset
-    distance = (own - torch.arange(num_k_blocks, device=inputs.grid.device)).abs()
-    return (1 / (1 + distance)).expand(inputs.shape)
-
-
-def score_by_user(name: str, inputs: EstimatorInputs) -> Tensor:
-    """Call a user's function; nothing off the grid and nothing negative counts.
-
-    Raises:
-        ValueError: It returns no floating point tensor of the right shape.
-    """
-    score = find_estimator(name)(inputs)
-    if not isinstance(score, Tensor) or score.shape != inputs.shape or not score.is_floating_point():
-        got = f"{tuple(score.shape)} {score.dtype}" if isinstance(score, Tensor) else type(score).__name__
-        raise ValueError(f"estimator {name!r} must return floating point scores of shape {inputs.shape}, got {got}")
-    return score.to(inputs.dtype).clamp(min=0).masked_fill(~inputs.grid, 0)
-
-
-def _all_finite(inputs: EstimatorInputs) -> Tensor:
-    return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.grid.device)
+    return ESTIMATORS.get(name) or _score_with(name, functools.partial(score_by_user, name))

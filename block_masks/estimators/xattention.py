@@ -11,15 +11,15 @@ from torch import Tensor
 
 from ..layout import take_blocks
 from .block_shares import Columns, Rows, compute_block_shares
-from .fused_shares import try_share_antidiagonals
 from .inputs import EstimatorInputs
+from .kernel_calls import share_antidiagonals
 
-STRIDE = 8
+_STRIDE = 8
 
 
 def score_xattention(inputs: EstimatorInputs) -> Tensor:
     """Return the attention of tiles of 8 x 8 scores, (B, H, num_q_blocks, num_k_blocks)."""
-    return score_antidiagonals(inputs, STRIDE)
+    return score_antidiagonals(inputs, _STRIDE)
 
 
 def score_antidiagonals(inputs: EstimatorInputs, stride: int) -> Tensor:
@@ -32,7 +32,7 @@ def score_antidiagonals(inputs: EstimatorInputs, stride: int) -> Tensor:
         inputs: Of the attention call.
         stride: Tokens to a side of a tile, a divisor of the block size.
     """
-    shares = try_share_antidiagonals(inputs, stride)
+    shares = share_antidiagonals(inputs, stride)
     return _score_by_tiles(inputs, stride) if shares is None else shares
 
 

@@ -4,8 +4,9 @@ A key is *valid* if its own query sees it, in any head: padding is not. A *seque
 prompts are packed, a stretch of it: one begins at each valid key whose query does not see the key before it. Blocks
 belong to the sequence of their last valid token; only the tokens of that sequence *count*.
 
-Everything here is plain torch code of static shapes, made to be traced into a graph: O(block_size * S) work. Steps
-that read one another by index part at ``settle``: fused, they give index formulas that inductor simplifies for minutes.
+Everything here is plain torch code of static shapes, made to be traced into a graph: O(block_size * S) work. Between
+steps that read each other by index stands a ``realize``: inductor would fuse them into index formulas that take it
+minutes to simplify.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import AttentionSizes, settle
+from ..layout import AttentionSizes, count_blocks, realize
 from .intervals import BlockBounds
 
 
@@ -61,11 +62,11 @@ class _Tokens(NamedTuple):
 
     Attributes:
         sequence: int64, the number of the sequence of each valid token, -1 for the others.
-        counts: bool, whether that is the sequence of the block.
+        is_counted: bool, whether that is the sequence of the block.
     """
 
     sequence: Tensor
-    counts: Tensor
+    is_counted: Tensor
 
 
 def describe_mask(
@@ -99,27 +100,27 @@ def describe_mask(
         visible = mask_mod(batch_index, head_index, query_index, key_index, *captures)
         return visible.expand(batch, heads, num_k_blocks, block_size).any(1)
 
-    # Settled: of clamped positions that index a capture, inductor's C++ may check the bounds before it computes them.
-    own_query = settle((key_positions - offset).clamp(0, sizes.query_length - 1))
-    key_index = settle(key_positions.clamp(max=sizes.key_length - 1))
+    # Realized: of clamped positions that index a capture, inductor's C++ may check the bounds before it computes them.
+    own_query = realize((key_positions - offset).clamp(0, sizes.query_length - 1))
+    key_index = realize(key_positions.clamp(max=sizes.key_length - 1))
     is_valid = see_one(own_query, key_index) & (key_positions < sizes.key_length)
     sequence = torch.zeros_like(is_valid, dtype=torch.int64)
     if is_packed:
         sees_previous = see_one(own_query, (key_index - 1).clamp(min=0))
-        sequence = settle(is_valid & ~sees_previous).flatten(1).cumsum(1).view_as(sequence)
-    sequence = settle(torch.where(is_valid, sequence, -1))
+        sequence = realize(is_valid & ~sees_previous).flatten(1).cumsum(1).view_as(sequence)
+    sequence = realize(torch.where(is_valid, sequence, -1))
     # A block without a valid token goes on with the sequence before it.
     of_block = sequence.amax(-1).cummax(1).values if is_packed else sequence.amax((1, 2)).unsqueeze(-1)
-    of_block = settle(of_block)
-    keys = _Tokens(sequence, settle((sequence >= 0) & (sequence == of_block.unsqueeze(-1))))
+    of_block = realize(of_block)
+    keys = _Tokens(sequence, realize((sequence >= 0) & (sequence == of_block.unsqueeze(-1))))
     queries = _take_queries(keys, query_positions, offset, sizes.query_length)
 
     last_row = _find_last_rows(queries, query_positions, of_block, is_packed)
-    rows = settle(_list_rows(queries, last_row, of_block, block_size))
+    rows = realize(_list_rows(queries, last_row, of_block, block_size))
     batch_index, head_index, row_index, key_index = representative_indices(rows, batch, heads, sizes.key_length)
     visible = mask_mod(batch_index, head_index, row_index, key_index, *captures)
     row_mask = visible.expand(batch, heads, num_k_blocks, block_size, block_size)
-    row_mask = row_mask & (rows >= 0)[:, None, :, :, None] & keys.counts[:, None, :, None]
+    row_mask = row_mask & (rows >= 0)[:, None, :, :, None] & keys.is_counted[:, None, :, None]
 
     first_block, block_offset = _find_first_blocks(keys, of_block, is_packed), _round_up(offset, block_size, device)
     return MaskFacts(
@@ -128,8 +129,8 @@ def describe_mask(
         required=bounds.possible & _require(keys, queries, first_block, offset).unsqueeze(1),
         rows=rows,
         row_mask=row_mask,
-        key_counts=keys.counts,
-        query_counts=queries.counts,
+        key_counts=keys.is_counted,
+        query_counts=queries.is_counted,
         first_block=first_block,
         last_block=_find_last_blocks(last_row // block_size + block_offset, first_block, is_packed),
         block_offset=block_offset,
@@ -152,8 +153,8 @@ def representative_indices(
         Batch, head, query and key index, which broadcast to (batch, heads, num_k_blocks, block_size, block_size).
     """
     block_size = rows.shape[-1]
-    num_k_blocks = (key_length + block_size - 1) // block_size
-    keys = settle(_list_positions(num_k_blocks, block_size, rows.device).clamp(max=key_length - 1))
+    num_k_blocks = count_blocks(key_length, block_size)
+    keys = realize(_list_positions(num_k_blocks, block_size, rows.device).clamp(max=key_length - 1))
     return (
         torch.arange(batch, device=rows.device).view(-1, 1, 1, 1, 1),
         torch.arange(heads, device=rows.device).view(-1, 1, 1, 1),
@@ -171,19 +172,19 @@ def _list_positions(num_blocks: int, block_size: int, device: torch.device) -> T
 def _take_queries(keys: _Tokens, positions: Tensor, offset: int | Tensor, length: int) -> _Tokens:
     """A query is what the key at its position is."""
     exists = positions < length
-    sequence, counts = (x.flatten(1) for x in keys)
+    sequence, is_counted = (x.flatten(1) for x in keys)
     at = (positions + offset).clamp(max=sequence.shape[1] - 1)
-    return _Tokens(settle(torch.where(exists, sequence[:, at], -1)), settle(exists & counts[:, at]))
+    return _Tokens(realize(torch.where(exists, sequence[:, at], -1)), realize(exists & is_counted[:, at]))
 
 
 def _find_last_rows(queries: _Tokens, positions: Tensor, of_block: Tensor, is_packed: bool) -> Tensor:
     """Return the last valid row of each sequence, (B, N), -1 if it has none."""
     rows = torch.where(queries.sequence >= 0, positions, -1).flatten(1)
     if not is_packed:
-        return settle(rows.amax(1, keepdim=True))
+        return realize(rows.amax(1, keepdim=True))
     by_sequence = rows.new_full((rows.shape[0], rows.shape[1] + 2), -1)
     by_sequence = by_sequence.scatter_reduce(1, queries.sequence.flatten(1) + 1, rows, "amax")
-    return settle(by_sequence.gather(1, of_block + 1))
+    return realize(by_sequence.gather(1, of_block + 1))
 
 
 def _list_rows(queries: _Tokens, last_row: Tensor, of_block: Tensor, block_size: int) -> Tensor:
@@ -195,7 +196,7 @@ def _list_rows(queries: _Tokens, last_row: Tensor, of_block: Tensor, block_size:
 def _find_first_blocks(keys: _Tokens, of_block: Tensor, is_packed: bool) -> Tensor:
     """Return the first block of the sequence of each block, or of the one sequence, (B, N)."""
     if not is_packed:
-        return keys.counts.any(-1).int().argmax(1, keepdim=True)
+        return keys.is_counted.any(-1).int().argmax(1, keepdim=True)
     block = torch.arange(of_block.shape[1], device=of_block.device)
     is_first = torch.nn.functional.pad(of_block.diff(dim=1) > 0, (1, 0), value=True)
     return torch.where(is_first, block, 0).cummax(1).values
@@ -214,21 +215,21 @@ def _find_last_blocks(of_last_row: Tensor, first_block: Tensor, is_packed: bool)
 
 def _require(keys: _Tokens, queries: _Tokens, first_block: Tensor, offset: int | Tensor) -> Tensor:
     """Return the blocks that are always computed if they are possible, (B, num_q_blocks, num_k_blocks)."""
-    block_size = keys.counts.shape[-1]
-    query_block = torch.arange(queries.counts.shape[1], device=first_block.device).unsqueeze(-1)
-    key_block = torch.arange(keys.counts.shape[1], device=first_block.device)
+    block_size = keys.is_counted.shape[-1]
+    query_block = torch.arange(queries.is_counted.shape[1], device=first_block.device).unsqueeze(-1)
+    key_block = torch.arange(keys.is_counted.shape[1], device=first_block.device)
     first_position = query_block * block_size + offset
     is_diagonal = (key_block >= first_position // block_size) & (
         key_block <= (first_position + block_size - 1) // block_size
     )
     is_first = key_block == first_block.unsqueeze(-1)
-    shared_queries, shared_keys = (((x.sequence >= 0) & ~x.counts).any(-1) for x in (queries, keys))
-    is_unknown = ~keys.counts.flatten(1).any(1)[:, None, None]
+    shared_queries, shared_keys = (((x.sequence >= 0) & ~x.is_counted).any(-1) for x in (queries, keys))
+    is_unknown = ~keys.is_counted.flatten(1).any(1)[:, None, None]
     return is_diagonal | is_first | shared_queries.unsqueeze(-1) | shared_keys.unsqueeze(-2) | is_unknown
 
 
 def _round_up(offset: int | Tensor, block_size: int, device: torch.device) -> Tensor:
-    return _as_scalar((offset + block_size - 1) // block_size, device)
+    return _as_scalar(count_blocks(offset, block_size), device)
 
 
 def _as_scalar(number: int | Tensor, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from ..layout import AttentionSizes, count_blocks, settle
+from ..layout import AttentionSizes, count_blocks, realize
 from .interval_rules import Interval, apply_rule, is_true
 
 aten = torch.ops.aten
@@ -87,7 +87,7 @@ def _create_indices(
 
 
 class _BlockInterpreter(Interpreter):
-    """Runs what depends on one token index on tokens, and then what depends on both on intervals."""
+    """Segments what depends on one token index on tokens, and then what depends on both on intervals."""
 
     def __init__(self, mask_mod: GraphModule) -> None:
         super().__init__(mask_mod, garbage_collect_values=False)
@@ -210,11 +210,11 @@ def _rank_values(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         x.to(dtype).expand(batch, heads, -1, -1, -1, -1)
         for x in sorted((left, right), key=lambda x: bool(x.shape[KEY_AXIS] == 1))
     )
-    # Settled, because torch 2.11's inductor fails on a view of something computed at a shifted index, as in cat.
-    values = settle(torch.cat([settle(x.flatten(2)) for x in (key, query)], dim=-1))
+    # Realized, because torch 2.11's inductor fails on a view of something computed at a shifted index, as in cat.
+    values = realize(torch.cat([realize(x.flatten(2)) for x in (key, query)], dim=-1))
     ordered, order = values.sort(dim=-1, stable=True)
     is_new = torch.nn.functional.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0), value=True)
     start = torch.where(is_new, torch.arange(values.shape[-1], device=values.device), 0).cummax(-1).values
-    numbers = settle(torch.empty_like(order).scatter(-1, order, order.gather(-1, start)))
+    numbers = realize(torch.empty_like(order).scatter(-1, order, order.gather(-1, start)))
     num_keys = key.shape[3] * key.shape[5]
     return numbers[..., :num_keys].view(key.shape), numbers[..., num_keys:].view(query.shape)

@@ -1,1 +1,1 @@
-"""``flexprefill bench`` and ``flexprefill bench-model``: what sparse prefill costs and gains."""
+"""What sparse prefill costs and gains in time: measured here, printed by the commands ``bench`` and ``bench-model``."""

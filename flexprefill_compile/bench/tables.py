@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..report import format_table
-from .rates import ATTENTION
-from .stages import SELECTION_STAGES
+from ..text_table import format_table
+from .timing.rates import ATTENTION
+from .timing.stages import SELECTION_STAGES
 
 
 def format_totals(runs: Sequence[dict[str, Any]]) -> str:

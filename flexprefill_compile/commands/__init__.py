@@ -1,1 +1,1 @@
-"""The command line: one file a command, with its arguments and its run."""
+"""The command line. One file is one command: its help, its arguments and its run; the work is done in other rooms."""

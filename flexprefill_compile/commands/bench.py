@@ -2,118 +2,117 @@
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..bench.inputs.inputs import create_inputs
-from ..bench.inputs.saved_inputs import SAVED, load_inputs
-from ..bench.measure import measure
+from ..bench.inputs.kinds import INPUT_KINDS, create_inputs
+from ..bench.inputs.saved import SAVED, load_inputs
+from ..bench.measure_layer import measure_layer
 from ..bench.peers import Peer, load_peer
 from ..bench.plot import plot_runs
-from ..bench.rates import measure_rates
 from ..bench.tables import format_stages, format_totals
+from ..bench.timing.rates import measure_rates
 from ..errors import UsageError
 from ..report import AttentionSkippedError
-from ..settings.config import SparsePrefillConfig
+from ..settings.config import KERNEL_BACKENDS, SparsePrefillConfig
 from ..settings.device_defaults import name_device
+from .shared.arguments import add_layer_shape, positive
+from .shared.checks import check_device, check_heads
+
+HELP = "time the attention of one layer, by stage, beside dense attention"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchPlan:
-    """What to measure.
-
-    Attributes:
-        device: "cuda" or "cpu".
-        inputs: Kinds, as ``create_inputs`` takes them.
-        saved: A file of inputs to measure as well, as ``load_inputs`` takes it, or None.
-        lengths: In tokens.
-        heads: Of queries and keys.
-        head_dim: Of all.
-        config: What to select; see ``measure``.
-        calls: Timed calls of each kind, at most.
-        model: Where "real" inputs come from; None is SmolLM2.
-        peers: As ``module:function``.
-        json_path: A file for all figures, or None.
-        plot_path: A file for a picture, or None.
-    """
-
-    device: str
-    inputs: Sequence[str]
-    lengths: Sequence[int]
-    heads: Sequence[int]
-    head_dim: int
-    config: SparsePrefillConfig
-    calls: int
-    model: Path | None = None
-    peers: Sequence[str] = ()
-    json_path: Path | None = None
-    plot_path: Path | None = None
-    saved: Path | None = None
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    config = SparsePrefillConfig
+    add_layer_shape(parser)
+    parser.add_argument("--inputs", nargs="*", default=["structured", "random"], choices=INPUT_KINDS)
+    parser.add_argument("--model", type=Path, help="where real inputs come from, as for demo (SmolLM2-135M-Instruct)")
+    parser.add_argument("--saved", type=Path, metavar="FILE", help="also a (query, key, value) of torch.save")
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[8192, 32768, 131072], metavar="N")
+    parser.add_argument("--gamma", type=float, default=config.gamma, help="share of attention to reach")
+    parser.add_argument("--min-budget", type=int, default=config.min_budget, metavar="N")
+    parser.add_argument("--max-budget", type=positive, metavar="N", help="tokens of a row to compute at most")
+    parser.add_argument("--estimator", default="flexprefill", metavar="NAME", help="how blocks are chosen")
+    parser.add_argument("--max-density", type=float, help="also time the call as it runs under this ceiling")
+    parser.add_argument("--kernel-backend", default=config.kernel_backend, choices=KERNEL_BACKENDS)
+    parser.add_argument("--calls", type=positive, default=15, metavar="N", help="timed calls of each kind, at most")
+    parser.add_argument("--peer", action="append", default=[], help="module:function to time beside ours, f(q, k, v)")
+    parser.add_argument("--json", type=Path, help="a file for all figures")
+    parser.add_argument("--plot", type=Path, help="a file for a picture (extra 'plot')")
 
 
-def run_bench(plan: BenchPlan) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Measure, print a table of totals and one of stages, and write the files that were asked for.
 
     A row that doesn't fit into memory, that a model or file can't give or that stays dense gets a note, not figures.
 
     Raises:
         UsageError: The device isn't there, the heads don't match, or a peer or file won't do.
+        InvalidOptionError: An option is out of range.
     """
-    check_device(plan.device)
-    if plan.heads[0] % plan.heads[1]:
-        raise UsageError(f"query heads must be a multiple of key heads, got {plan.heads[0]} and {plan.heads[1]}")
-    peers = {path: load_peer(path) for path in plan.peers}
-    dtype = torch.bfloat16 if plan.device == "cuda" else torch.float32
-    rates = measure_rates(plan.device, dtype)
-    name = name_device(torch.device(plan.device))
-    title = f"{name}, torch {torch.__version__}, {dtype}, heads {list(plan.heads)}, head dim {plan.head_dim}"
+    config = _read_config(arguments)
+    check_device(arguments.device)
+    check_heads(arguments.heads)
+    peers = {path: load_peer(path) for path in arguments.peer}
+    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
+    rates = measure_rates(arguments.device, dtype)
+    name = name_device(torch.device(arguments.device))
+    shape = f"heads {list(arguments.heads)}, head dim {arguments.head_dim}"
+    title = f"{name}, torch {torch.__version__}, {dtype}, {shape}"
     print(title)
-    print(f"{plan.config}\ncopies at {rates['copy'] / 1e9:.0f} GB/s, products at {rates['product'] / 1e9:.0f} GFLOP/s")
-    runs: list[dict[str, Any]] = []
-    kinds = [*plan.inputs, *([SAVED] if plan.saved else [])]
-    for length in plan.lengths:
-        for kind in kinds:
-            runs.append({"tokens": length, "inputs": kind} | _measure_row(plan, kind, length, dtype, rates, peers))
+    print(f"{config}\ncopies at {rates['copy'] / 1e9:.0f} GB/s, products at {rates['product'] / 1e9:.0f} GFLOP/s")
+    rows: list[dict[str, Any]] = []
+    for length in arguments.lengths:
+        for kind in (*arguments.inputs, *([SAVED] if arguments.saved else [])):
+            figures = _measure_row(arguments, kind, length, config, rates, peers)
+            rows.append({"tokens": length, "inputs": kind} | figures)
             _free_memory()
-            if plan.json_path:  # after each row: what is measured stays if a later one breaks
-                plan.json_path.write_text(json.dumps({"device": title, "rates": rates, "runs": runs}, indent=1) + "\n")
-    print(format_totals(runs))
-    if stages := format_stages(runs):
+            if arguments.json:  # after each row: what is measured stays if a later one breaks
+                written = {"device": title, "rates": rates, "runs": rows}
+                arguments.json.write_text(json.dumps(written, indent=1) + "\n")
+    print(format_totals(rows))
+    if stages := format_stages(rows):
         print(stages)
-    if plan.plot_path:
-        plot_runs(runs, title, plan.plot_path)
+    if arguments.plot:
+        plot_runs(rows, title, arguments.plot)
 
 
-def check_device(device: str) -> None:
-    """Check that a device is one to measure on, and there.
-
-    Raises:
-        UsageError: It isn't.
-    """
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UsageError(f"device must be cpu or cuda, and there, got {device}")
+def _read_config(arguments: argparse.Namespace) -> SparsePrefillConfig:
+    names = ("gamma", "min_budget", "max_budget", "max_density", "estimator", "kernel_backend")
+    return SparsePrefillConfig(**{name: getattr(arguments, name) for name in names})
 
 
 def _measure_row(
-    plan: BenchPlan, kind: str, length: int, dtype: torch.dtype, rates: dict[str, float], peers: dict[str, Peer]
+    arguments: argparse.Namespace,
+    kind: str,
+    length: int,
+    config: SparsePrefillConfig,
+    rates: dict[str, float],
+    peers: Mapping[str, Peer],
 ) -> dict[str, Any]:
     try:
-        if kind == SAVED and plan.saved is not None:
-            inputs = load_inputs(plan.saved, length, plan.device, dtype)
-        else:
-            inputs = create_inputs(kind, plan.heads, length, plan.head_dim, plan.device, dtype, plan.model)
+        inputs = _create_inputs(arguments, kind, length)
         with torch.no_grad():
-            return measure(inputs, plan.config, rates, plan.calls, peers)
+            return measure_layer(inputs, config, rates, arguments.calls, peers)
     except torch.OutOfMemoryError as error:
         return {"note": f"out of memory: {str(error).partition('.')[0]}"}
     except (UsageError, AttentionSkippedError) as error:
         return {"note": str(error)}
+
+
+def _create_inputs(arguments: argparse.Namespace, kind: str, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    device, dtype = arguments.device, torch.bfloat16 if arguments.device == "cuda" else torch.float32
+    if kind == SAVED:
+        return load_inputs(arguments.saved, length, device, dtype)
+    return create_inputs(kind, arguments.heads, length, arguments.head_dim, device, dtype, arguments.model)
 
 
 def _free_memory() -> None:

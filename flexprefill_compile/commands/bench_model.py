@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +16,72 @@ from torch.nn.attention import sdpa_kernel
 from flexprefill_compile.block_masks import record_densities
 
 from ..backend import FlexPrefillBackend
-from ..bench.inputs.inputs import create_inputs
-from ..bench.inputs.workloads import find_fastest_dense, name_backend, time_ms
-from ..bench.model import Decoder, Layer, ModelShape, create_decoder, run_layer
+from ..bench.decoder import Decoder, DecoderShape, Layer, create_decoder, run_layer
+from ..bench.inputs.kinds import create_inputs
+from ..bench.timing.clocks import time_ms
+from ..bench.timing.dense_attention import find_fastest_dense, name_backend
 from ..errors import UsageError
-from ..report import format_table
 from ..settings.config import SparsePrefillConfig
-from .bench import check_device
+from ..text_table import format_table
+from .shared.arguments import add_layer_shape, positive
+from .shared.checks import check_device
 
-CALLS = 3
+HELP = "time a Llama-shaped model with random weights to its first token, dense and sparse"
+
+_CALLS = 3
 
 
-def run_model_bench(
-    shape: ModelShape, lengths: Sequence[int], density: float, device: str, json_path: Path | None
-) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_layer_shape(parser, head_dim=False)
+    shape = DecoderShape()
+    for name in ("layers", "hidden", "intermediate", "vocabulary"):
+        parser.add_argument(f"--{name}", type=positive, default=getattr(shape, name), metavar="N")
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[8192, 32768, 131072], metavar="N")
+    parser.add_argument("--density", type=float, default=0.25, help="share of the causal blocks to compute")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
+
+
+def run(arguments: argparse.Namespace) -> None:
     """Prefill random tokens at each length, print both times, and write them as JSON if asked to.
 
     Random weights attend to everything alike, so that no selection would leave much out: ``max_budget`` brings the
     density to the one asked for. What is kept is then no measure of quality, and none is printed.
 
-    Args:
-        shape: Of the model.
-        lengths: Of the prompts, in tokens.
-        density: Share of the causal blocks to compute, in (0, 1].
-        device: "cuda" or "cpu".
-        json_path: A file for the figures, or None.
-
     Raises:
         UsageError: The device isn't there, or the density is out of range.
     """
-    check_device(device)
-    if not 0 < density <= 1:
-        raise UsageError(f"density must be in (0, 1], got {density}")
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = create_decoder(shape, device, dtype)
+    check_device(arguments.device)
+    if not 0 < arguments.density <= 1:
+        raise UsageError(f"density must be in (0, 1], got {arguments.density}")
+    shape = _read_shape(arguments)
+    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
+    model = create_decoder(shape, arguments.device, dtype)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{shape}: {millions:.0f}M parameters, {dtype}, torch {torch.__version__}")
-    runs = []
-    for length in lengths:
+    rows: list[dict[str, Any]] = []
+    for length in arguments.lengths:
         with torch.no_grad():
             try:
-                runs.append({"tokens": length} | _measure_prefill(model, shape, length, density, device))
+                figures = _measure_prefill(model, shape, length, arguments.density, arguments.device)
             except torch.OutOfMemoryError:
-                runs.append({"tokens": length, "note": "out of memory"})
-        if json_path:
-            json_path.write_text(json.dumps(runs, indent=1) + "\n")
-    print(format_table(("tokens", "blocks", "fastest dense", "sparse", "speed-up"), [_describe(run) for run in runs]))
+                figures = {"note": "out of memory"}
+        rows.append({"tokens": length} | figures)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(format_table(("tokens", "blocks", "fastest dense", "sparse", "speed-up"), [_describe(row) for row in rows]))
+
+
+def _read_shape(arguments: argparse.Namespace) -> DecoderShape:
+    heads, kv_heads = arguments.heads
+    return DecoderShape(
+        layers=arguments.layers,
+        hidden=arguments.hidden,
+        intermediate=arguments.intermediate,
+        heads=heads,
+        kv_heads=kv_heads,
+        vocabulary=arguments.vocabulary,
+    )
 
 
 def choose_budget(length: int, density: float, block_size: int) -> int:
@@ -72,7 +93,7 @@ def choose_budget(length: int, density: float, block_size: int) -> int:
     return max(1, blocks - 2) * block_size  # the first key block and the diagonal come on top
 
 
-def _measure_prefill(model: Decoder, shape: ModelShape, length: int, density: float, device: str) -> dict[str, Any]:
+def _measure_prefill(model: Decoder, shape: DecoderShape, length: int, density: float, device: str) -> dict[str, Any]:
     tokens = torch.randint(0, shape.vocabulary, (1, length), device=device)
     dtype = model.embedding.weight.dtype
     backend = find_fastest_dense(
@@ -103,16 +124,16 @@ def _measure_prefill(model: Decoder, shape: ModelShape, length: int, density: fl
 
 
 def _time_first_token(model: Decoder, tokens: Tensor, compiled: Callable[..., Any]) -> float:
-    return time_ms(lambda: model(tokens, compiled)[0], tokens.device.type, CALLS)
+    return time_ms(lambda: model(tokens, compiled)[0], tokens.device.type, _CALLS)
 
 
-def _describe(run: dict[str, Any]) -> list[str]:
-    if "note" in run:
-        return [str(run["tokens"]), run["note"], "", "", ""]
+def _describe(row: dict[str, Any]) -> list[str]:
+    if "note" in row:
+        return [str(row["tokens"]), row["note"], "", "", ""]
     return [
-        str(run["tokens"]),
-        f"{run['density']:.0%}",
-        f"{run['dense_ms']:.0f} ms ({run['dense_backend']})",
-        f"{run['sparse_ms']:.0f} ms",
-        f"{run['dense_ms'] / run['sparse_ms']:.2f}x",
+        str(row["tokens"]),
+        f"{row['density']:.0%}",
+        f"{row['dense_ms']:.0f} ms ({row['dense_backend']})",
+        f"{row['sparse_ms']:.0f} ms",
+        f"{row['dense_ms'] / row['sparse_ms']:.2f}x",
     ]

@@ -2,81 +2,95 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..models import load_model, read_tokens
 from ..quality.calibration.calibrate import Calibration, calibrate, check_bound, check_text
 from ..quality.calibration.ladder import Measurement
-from ..report import format_table
 from ..settings.config import SparsePrefillConfig
 from ..settings.policy import Policy
-from .progress import show_steps
+from ..text_table import format_table
+from .shared.arguments import positive
+from .shared.checks import needs_extra
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HELP = "find the cheapest settings by layer that keep a model's loss within a bound"
 
 
-def run_calibrate(
-    *,
-    output: Path,
-    model_path: Path | None,
-    text_paths: Sequence[Path],
-    max_tokens: int,
-    bound: float,
-    config: SparsePrefillConfig,
-    layers_at_once: int,
-    max_runs: int,
-    device: str,
-) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    block_size = SparsePrefillConfig.block_size
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the policy goes, as JSON")
+    parser.add_argument("--model", type=Path, help="a Hugging Face model folder or a GGUF file (SmolLM2)")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", default=[], metavar="FILE", help="text files (licence texts of this machine)"
+    )
+    parser.add_argument("--tokens", type=positive, default=8192, metavar="N", help="tokens of each text, at most")
+    parser.add_argument("--bound", type=float, default=0.01, help="by how much of itself perplexity may grow")
+    parser.add_argument("--estimator", default="auto", help="how blocks are chosen")
+    parser.add_argument("--block-size", type=positive, default=block_size, metavar="N")
+    parser.add_argument("--layers-at-once", type=positive, default=1, metavar="N", help="layers set alike")
+    parser.add_argument("--max-runs", type=positive, default=100, metavar="N", help="measurements, at most")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+
+
+def run(arguments: argparse.Namespace) -> None:
     """Load a model, calibrate it, write the policy and print it.
 
-    Args:
-        output: Where the policy goes; the measurements go to the same name with ``.runs.jsonl`` behind.
-        model_path: A Hugging Face folder or a GGUF file; None is SmolLM2-135M-Instruct.
-        text_paths: Text files; none is a text of this machine.
-        max_tokens: Tokens of each text to take, at most.
-        bound: By how much of itself perplexity may grow.
-        config: What the layers have in common.
-        layers_at_once: How many neighbouring layers share their settings.
-        max_runs: Measurements at most.
-        device: Where to run.
+    The measurements go to a file beside the policy, of the same name with ``.runs.jsonl`` behind it.
 
     Raises:
         UsageError: A file or a device is missing, the model is no causal language model, or an input is out of range.
+        InvalidOptionError: An option is out of range.
     """
-    console = Console()
-    check_bound(bound)
+    with needs_extra("hf", "calibrate"):
+        from rich.console import Console  # noqa: PLC0415  (needs the extra "hf")
+
+        from ..models import load_model, read_tokens  # noqa: PLC0415
+        from .shared.progress import show_steps  # noqa: PLC0415
+    config = SparsePrefillConfig(estimator=arguments.estimator, block_size=arguments.block_size)
+    output: Path = arguments.output
+    check_bound(arguments.bound)
     if not output.parent.is_dir():
         raise UsageError(f"no folder {output.parent} for the policy")
+    console = Console()
     with show_steps(console) as step:
         step("loading the model")
-        model, tokenizer = load_model(model_path, device)
+        model, tokenizer = load_model(arguments.model, arguments.device)
         _check_output(output, model)
-        texts = [read_tokens(tokenizer, path, max_tokens) for path in text_paths or (None,)]
+        texts = [read_tokens(tokenizer, path, arguments.tokens) for path in arguments.text or (None,)]
         for tokens, source in texts:
             console.print(f"{source}: {tokens.shape[1]} tokens", highlight=False)
             check_text(tokens, source, config.block_size)
-
-        def show(number: int, is_kept: bool, run: Measurement, best: Measurement) -> None:
-            line = f"run {number}{' (kept)' if is_kept else ''}: {_format(run)}; best so far: {_format(best)}"
-            console.print(line, highlight=False, soft_wrap=True)
-
         step("measuring")
         found = calibrate(
             model,
-            [tokens.to(device) for tokens, _ in texts],
-            max_loss_increase=bound,
+            [tokens.to(arguments.device) for tokens, _ in texts],
+            max_loss_increase=arguments.bound,
             config=config,
-            layers_at_once=layers_at_once,
-            max_runs=max_runs,
+            layers_at_once=arguments.layers_at_once,
+            max_runs=arguments.max_runs,
             runs_path=output.with_name(output.name + ".runs.jsonl"),
-            on_run=show,
+            on_run=_show_on(console),
         )
     found.policy.save(output)
-    console.print(summarise(found, bound, config, output), highlight=False, markup=False, soft_wrap=True)
+    console.print(summarise(found, arguments.bound, config, output), highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_on(console: Console) -> Callable[[int, bool, Measurement, Measurement], None]:
+    """Return what prints a measurement as soon as it is made."""
+
+    def show(number: int, is_kept: bool, measured: Measurement, best: Measurement) -> None:
+        line = f"run {number}{' (kept)' if is_kept else ''}: {_format(measured)}; best so far: {_format(best)}"
+        console.print(line, highlight=False, soft_wrap=True)
+
+    return show
 
 
 def summarise(found: Calibration, bound: float, config: SparsePrefillConfig, output: Path) -> str:
@@ -113,5 +127,5 @@ def _check_output(output: Path, model: Any) -> None:
         )
 
 
-def _format(run: Measurement) -> str:
-    return f"perplexity x{math.exp(run.loss_increase):.4f} at density {run.cost:.3f}"
+def _format(measured: Measurement) -> str:
+    return f"perplexity x{math.exp(measured.loss_increase):.4f} at density {measured.cost:.3f}"

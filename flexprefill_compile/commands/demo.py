@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
-from torch.nn import functional as F
 
 from flexprefill_compile.block_masks import record_densities
 
 from ..backend import FlexPrefillBackend
-from ..models import load_model, read_tokens
-from ..report import RewriteReport, Skipped, format_table
+from ..quality.predictions import sum_loss
+from ..report import RewriteReport, Skipped
 from ..settings.config import SparsePrefillConfig
-from .progress import show_steps
+from ..text_table import format_table
+from .shared.arguments import add_prompt, add_selection, positive, read_selection
+from .shared.checks import needs_extra
 
-CONTINUATION_TOKENS = 12
-LOSS_CHUNK_TOKENS = 1024
+HELP = "prefill a real model dense and sparse, and compare"
+
+_CONTINUATION_TOKENS = 12
 
 
 @dataclasses.dataclass
@@ -56,35 +57,34 @@ class Prefill:
         return statistics.median(self.times_s)
 
 
-def run_demo(
-    *,
-    model_path: Path | None,
-    text_path: Path | None,
-    max_tokens: int,
-    config: SparsePrefillConfig,
-    device: str,
-    rounds: int,
-) -> None:
-    """Load, prefill dense and sparse in turn, and print the comparison.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_prompt(parser)
+    add_selection(parser)
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="timed prefills of each kind, in turn")
 
-    Args:
-        model_path: A Hugging Face folder or a GGUF file; None is SmolLM2-135M-Instruct.
-        text_path: A text file; None is a text of this machine.
-        max_tokens: Tokens of the text to take, at most.
-        config: What to select.
-        device: Where to run.
-        rounds: Timed calls of each kind, after the one that compiles.
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load, prefill dense and sparse in turn, and print the comparison.
 
     Raises:
         UsageError: A file or a device is missing, or the model is no causal language model.
+        InvalidOptionError: An option is out of range.
     """
+    with needs_extra("hf", "the demo"):
+        from rich.console import Console  # noqa: PLC0415  (needs the extra "hf")
+
+        from ..models import load_model, read_tokens  # noqa: PLC0415
+        from .shared.progress import show_steps  # noqa: PLC0415
+    config = SparsePrefillConfig(**read_selection(arguments), min_length=min(arguments.tokens, 4096))
     console = Console()
     with show_steps(console) as step:
         step("loading the model")
-        model, tokenizer = load_model(model_path, device)
-        tokens, source = read_tokens(tokenizer, text_path, max_tokens)
-        tokens = tokens.to(device)
-        console.print(f"{source}: {tokens.shape[1]} tokens, {model.num_parameters() / 1e6:.0f}M parameters, {device}")
+        model, tokenizer = load_model(arguments.model, arguments.device)
+        tokens, source = read_tokens(tokenizer, arguments.text, arguments.tokens)
+        tokens = tokens.to(arguments.device)
+        size = f"{tokens.shape[1]} tokens, {model.num_parameters() / 1e6:.0f}M parameters"
+        console.print(f"{source}: {size}, {arguments.device}")
 
         backend = FlexPrefillBackend()
         dense = Prefill(torch.compile(model, backend="inductor"))
@@ -95,12 +95,13 @@ def run_demo(
                 with record_densities() as prefill.densities:
                     prefill.first_s, output = _time(prefill.run, tokens)
                 step(f"{name}: perplexity and continuation")
-                prefill.loss, prefill.predictions = _score(output.logits[0], tokens[0])
+                prefill.loss = sum_loss(output.logits[0], tokens[0]) / (tokens.shape[1] - 1)
+                prefill.predictions = output.logits[0, :-1].argmax(-1)
                 prefill.continuation = _continue(model, tokenizer, output)
                 del output
-            for done in range(rounds):
+            for done in range(arguments.rounds):
                 for name, prefill in (("dense", dense), ("sparse", sparse)):
-                    step(f"{name}: prefill {done + 1} of {rounds}")
+                    step(f"{name}: prefill {done + 1} of {arguments.rounds}")
                     prefill.times_s.append(_time(prefill.run, tokens)[0])
     console.print(summarise(dense, sparse, backend.report), highlight=False, markup=False, soft_wrap=True)
 
@@ -154,21 +155,12 @@ def _synchronize(tokens: Tensor) -> None:
         torch.cuda.synchronize(tokens.device)
 
 
-def _score(logits: Tensor, tokens: Tensor) -> tuple[float, Tensor]:
-    """Return the mean loss of each token given those before it, and the predictions: (S, vocabulary), (S,)."""
-    loss, predictions = 0.0, []
-    for chunk, targets in zip(logits[:-1].split(LOSS_CHUNK_TOKENS), tokens[1:].split(LOSS_CHUNK_TOKENS), strict=True):
-        loss += F.cross_entropy(chunk.float(), targets, reduction="sum").item()
-        predictions.append(chunk.argmax(-1))
-    return loss / (len(tokens) - 1), torch.cat(predictions)
-
-
 def _continue(model: Any, tokenizer: Any, output: Any) -> str:
     """Decode greedily from the cache that the prefill filled."""
     chosen: list[int] = []
     while True:
         token = output.logits[:, -1:].argmax(-1)
         chosen.append(int(token))
-        if len(chosen) == CONTINUATION_TOKENS:
+        if len(chosen) == _CONTINUATION_TOKENS:
             return str(tokenizer.decode(chosen))
         output = model(token, past_key_values=output.past_key_values)

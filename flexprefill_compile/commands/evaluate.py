@@ -2,217 +2,97 @@
 
 from __future__ import annotations
 
-import inspect
+import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
 
-from flexprefill_compile.block_masks import record_densities
-
-from ..backend import FlexPrefillBackend
-from ..errors import UsageError
-from ..models import load_model
 from ..settings.config import SparsePrefillConfig
 from ..tasks.comparison import Comparison
 from ..tasks.encoder import Encoder
-from ..tasks.sample import ANSWER_ROOM, Sample
-from ..tasks.scoring import Score, count_text_tokens, score_sample
+from ..tasks.evaluation import Step, check_lengths, check_model, evaluate
+from ..tasks.sample import Sample
 from ..tasks.summary import summarise
-from ..tasks.table import check_tasks, create_samples
-from ..torch_internals import maybe_mark_dynamic
+from ..tasks.table import TASKS, check_tasks, create_samples
+from .shared.arguments import add_selection, positive, read_selection
+from .shared.checks import needs_extra
 
-Step = Callable[[str], object]
-Samples = Mapping[tuple[str, int], Sequence[Sample]]
+HELP = "long-context tasks on a real model, prefilled dense and sparse, side by side"
 
 
-def run_evaluate(
-    *,
-    model_path: Path | None,
-    device: str,
-    tasks: Sequence[str],
-    lengths: Sequence[int],
-    count: int,
-    seed: int,
-    configs: Mapping[str, SparsePrefillConfig],
-    json_path: Path | None,
-) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder or a GGUF file (SmolLM2-135M-Instruct)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)}")
+    parser.add_argument(
+        "--lengths", type=positive, nargs="+", default=[2048, 4096, 8192], metavar="N", help="tokens, with the answer"
+    )
+    parser.add_argument("--samples", type=positive, default=16, metavar="N", help="of each task at each length")
+    parser.add_argument("--estimators", nargs="+", default=[SparsePrefillConfig.estimator], metavar="NAME")
+    add_selection(parser, has_estimator=False)
+    parser.add_argument("--min-length", type=positive, default=1, metavar="N", help="shorter prompts stay dense")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other samples for other seeds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="a file for all figures")
+
+
+def run(arguments: argparse.Namespace) -> None:
     """Load a model, evaluate it, print the table, and write all figures as JSON if asked to.
-
-    Args:
-        model_path: A Hugging Face folder or a GGUF file; None is SmolLM2-135M-Instruct.
-        device: Where to run.
-        tasks: Names of tasks.
-        lengths: Tokens of prompt and answer together, at most.
-        count: Samples of each task at each length.
-        seed: Where chance starts.
-        configs: What to select, by the name to print.
-        json_path: A file for all figures.
 
     Raises:
         UsageError: An unknown task, a length that is too short or too long, or no causal language model.
+        InvalidOptionError: An option is out of range.
     """
-    check_tasks(tasks)
-    check_lengths(lengths, configs.values())
-    console = Console()
-    with _steps(console, len(tasks) * len(lengths) * count * (2 + len(configs))) as step:
+    with needs_extra("hf", "evaluate"):
+        from rich.console import Console  # noqa: PLC0415  (needs the extra "hf")
+
+        from ..models import load_model  # noqa: PLC0415
+        from .shared.progress import show_progress  # noqa: PLC0415
+    configs = _read_configs(arguments)
+    check_tasks(arguments.tasks)
+    check_lengths(arguments.lengths, configs.values())
+    num_samples = len(arguments.tasks) * len(arguments.lengths) * arguments.samples
+    # Each sample is made once, and scored once dense and once by each config.
+    with show_progress(Console(), num_samples * (2 + len(configs))) as step:
         step("loading the model")
-        model, tokenizer = load_model(model_path, device)
-        check_model(model, lengths)
-        encoder = Encoder(tokenizer)
-        samples: dict[tuple[str, int], Sequence[Sample]] = {}
-        for length in lengths:
-            for task in tasks:
-                samples[task, length] = create_samples(
-                    task, encoder, length, count, seed, lambda: step("making the samples")
-                )
-        comparisons = evaluate(model, samples, configs, step)
+        model, tokenizer = load_model(arguments.model, arguments.device)
+        check_model(model, arguments.lengths)
+        comparisons = evaluate(model, _create_samples(arguments, Encoder(tokenizer), step), configs, step)
     print(summarise(comparisons))
-    if json_path:
-        settings = {"model": str(model_path), "device": device, "torch": torch.__version__, "seed": seed}
-        settings["configs"] = {name: config.as_options() for name, config in configs.items()}
-        figures = {"settings": settings, "comparisons": [comparison.as_dict() for comparison in comparisons]}
-        json_path.write_text(json.dumps(figures, indent=1, default=str) + "\n")
+    if arguments.json:
+        _write_figures(arguments, configs, comparisons)
 
 
-def evaluate(
-    model: Any, samples: Samples, configs: Mapping[str, SparsePrefillConfig], step: Step = lambda _: None
-) -> list[Comparison]:
-    """Score samples after dense prefill and after sparse prefill.
-
-    Dense is the model as it is. Each config compiles it once for all lengths and tasks; compiled code of before is
-    forgotten.
-
-    Args:
-        model: A Hugging Face causal language model, in evaluation mode.
-        samples: By task and length.
-        configs: What to select, by the name to print.
-        step: Called before each sample with what is under way.
-
-    Returns:
-        A comparison for each task, length and config.
-
-    Raises:
-        UsageError: The model keeps no cache to decode from.
-    """
-    text_tokens = count_text_tokens(sample for group in samples.values() for sample in group)
-    dense: dict[tuple[str, int], list[Score]] = {}
-    for (task, length), group in samples.items():
-        dense[task, length] = []
-        for sample in group:
-            step(f"dense: {task} at {length}")
-            dense[task, length].append(score_sample(model, model, sample, text_tokens))
-    comparisons = []
-    lengths = {length for _, length in samples}
-    for name, config in configs.items():
-        prefill = CompiledPrefill(model, config, is_dynamic=len(lengths) > 1)
-        for (task, length), group in samples.items():
-            sparse, densities = [], []
-            for sample in group:
-                step(f"{name}: {task} at {length}" if prefill.is_compiled else f"{name}: compiling")
-                sparse.append(score_sample(prefill, model, sample, text_tokens))
-                densities.append(prefill.density)
-            depths = [sample.depth for sample in group]
-            comparisons.append(Comparison(task, length, name, depths, dense[task, length], sparse, densities))
-    return comparisons
+def _read_configs(arguments: argparse.Namespace) -> dict[str, SparsePrefillConfig]:
+    """Return what to select, by the name of its estimator."""
+    fields = read_selection(arguments) | {"min_length": arguments.min_length}
+    return {name: SparsePrefillConfig(**(fields | {"estimator": name})) for name in arguments.estimators}
 
 
-class CompiledPrefill:
-    """A model compiled for sparse prefill, which notes what it computes.
+def _create_samples(
+    arguments: argparse.Namespace, encoder: Encoder, step: Step
+) -> dict[tuple[str, int], Sequence[Sample]]:
+    def note() -> None:
+        step("making the samples")
 
-    Attributes:
-        density: Share of causal blocks computed in the last call, mean over attention calls and heads; a call that
-            stayed dense counts as 1.
-        backend: Its report tells of each attention call.
-    """
-
-    def __init__(self, model: Any, config: SparsePrefillConfig, *, is_dynamic: bool) -> None:
-        """Forget compiled code, else torch's limit of compilations a model is soon reached, and prepare to compile.
-
-        Args:
-            model: A Hugging Face causal language model.
-            config: What to select.
-            is_dynamic: Whether prompts of several lengths will come: one graph then serves them all.
-        """
-        torch.compiler.reset()
-        self.backend = FlexPrefillBackend()
-        self.density = 1.0
-        # With dynamic=True torch would make the scale of attention symbolic too, find that out, and trace all again.
-        self._is_dynamic = is_dynamic
-        dynamic = None if is_dynamic else False
-        self._compiled: Callable[..., Any] = torch.compile(
-            model, backend=self.backend, dynamic=dynamic, options=config.as_options()
-        )
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether a call has been compiled."""
-        return bool(self.backend.report.sites)
-
-    def __call__(self, prompt: Tensor, **kwargs: Any) -> Any:
-        """Prefill (B, S) tokens as the model does."""
-        if self._is_dynamic:
-            maybe_mark_dynamic(prompt, 1)
-        with record_densities() as densities:
-            output = self._compiled(prompt, **kwargs)
-        num_calls = len({site.name for site in self.backend.report.sites})
-        if densities:
-            sparse = torch.stack([density.mean() for density in densities]).sum().item()
-            self.density = (sparse + num_calls - len(densities)) / num_calls
-        else:
-            self.density = 1.0
-        return output
+    return {
+        (task, length): create_samples(task, encoder, length, arguments.samples, arguments.seed, note)
+        for length in arguments.lengths
+        for task in arguments.tasks
+    }
 
 
-def check_lengths(lengths: Sequence[int], configs: Iterable[SparsePrefillConfig]) -> None:
-    """Raise if a prompt would have less than two blocks.
-
-    Raises:
-        UsageError: It would.
-    """
-    block_size = max(config.block_size for config in configs)
-    needed = 2 * block_size + ANSWER_ROOM
-    for length in lengths:
-        if length < needed:
-            raise UsageError(
-                f"length must be at least {needed} tokens, two blocks of {block_size} and {ANSWER_ROOM} for the answer,"
-                f" got {length}"
-            )
-
-
-def check_model(model: Any, lengths: Sequence[int]) -> None:
-    """Raise if a model can't be asked.
-
-    Raises:
-        UsageError: It is no causal language model, or was made for shorter texts.
-    """
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise UsageError(f"model must be a causal language model of transformers, got {type(model).__name__}")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and max(lengths) > longest:
-        raise UsageError(f"length must be at most the {longest} tokens that the model takes, got {max(lengths)}")
-
-
-@contextmanager
-def _steps(console: Console, total: int) -> Iterator[Step]:
-    """Show how far it is; where nobody watches, print each kind of step once."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    seen: set[str] = set()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("starting", total=total)
-
-        def step(description: str) -> None:
-            progress.update(task, description=description)
-            if description != "loading the model":
-                progress.advance(task)
-            if not console.is_terminal and description not in seen:
-                console.print(f"{description} ...", highlight=False)
-            seen.add(description)
-
-        yield step
+def _write_figures(
+    arguments: argparse.Namespace, configs: Mapping[str, SparsePrefillConfig], comparisons: Sequence[Comparison]
+) -> None:
+    settings = {
+        "model": str(arguments.model),
+        "device": arguments.device,
+        "torch": torch.__version__,
+        "seed": arguments.seed,
+        "configs": {name: config.as_options() for name, config in configs.items()},
+    }
+    figures = {"settings": settings, "comparisons": [comparison.as_dict() for comparison in comparisons]}
+    arguments.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")

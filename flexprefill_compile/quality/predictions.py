@@ -7,9 +7,11 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # How many logits are held as float32 at once, in each of a few copies.
-LOGITS_AT_ONCE = 2**25
+_LOGITS_AT_ONCE = 2**25
+_LOSS_CHUNK_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ def compare_predictions(
         raise ValueError("no token is predicted: the text must be of two tokens at least, beside its padding")
 
     totals = torch.zeros(4, dtype=torch.float64)
-    rows_at_once = max(1, LOGITS_AT_ONCE // dense_logits.shape[-1])
+    rows_at_once = max(1, _LOGITS_AT_ONCE // dense_logits.shape[-1])
     for row, row_predicts in enumerate(predicts):
         for positions in row_predicts.nonzero().squeeze(-1).split(rows_at_once):
             totals += _compare_rows(dense_logits[row], sparse_logits[row], tokens[row], positions)
@@ -85,3 +87,16 @@ def _compare_rows(dense_logits: Tensor, sparse_logits: Tensor, tokens: Tensor, p
     # A token that the dense model rules out, of logit -inf, adds nothing.
     terms = torch.where(dense == -torch.inf, 0, dense.exp() * (dense - sparse))
     return torch.stack([*losses, agreement, terms.sum(-1).double().sum()]).cpu()
+
+
+def sum_loss(logits: Tensor, tokens: Tensor) -> float:
+    """Sum the negative log-likelihood of each token given those before it, nats; waits for the device.
+
+    Args:
+        logits: (S, vocabulary).
+        tokens: (S,) int64.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for chunk, targets in zip(logits[:-1].split(_LOSS_CHUNK_TOKENS), tokens[1:].split(_LOSS_CHUNK_TOKENS), strict=True):
+        total += F.cross_entropy(chunk.float(), targets, reduction="none").double().sum()
+    return total.item()

@@ -31,7 +31,7 @@ def is_integer(value: object, at_least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
-def settle_gamma(gamma: Any) -> Any:
+def resolve_gamma(gamma: Any) -> Any:
     """Check one share, or one for each query head, which may come as a list; return it in a form that hashes.
 
     Raises:

@@ -16,15 +16,25 @@ from .checks import (
     check_tau,
     is_integer,
     is_number,
-    settle_gamma,
+    resolve_gamma,
 )
-from .policy import Policy, settle_policy
-from .registry import Estimator, check_estimator, name_estimator
+from .policy import Policy, resolve_policy
+from .registry import Estimator, check_estimator, is_dense_estimator, name_estimator
 
 __all__ = ["InvalidOptionError", "SparsePrefillConfig", "split_options"]
 
 ON_SKIP = ("keep", "raise")
 KERNEL_BACKENDS = ("auto", "triton", "flash")
+# The fields that say which blocks to select, gamma first, with their types in the schemas of the ops that select.
+SELECTION = {
+    "gamma": "float[]",
+    "tau": "float",
+    "min_budget": "int",
+    "max_budget": "int?",
+    "block_size": "int",
+    "dense_last": "int",
+    "estimator": "str",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,11 +50,12 @@ class SparsePrefillConfig:
         max_budget: Tokens that every query row computes at most, beside the first key block and the diagonal;
             None is no limit. It also caps gamma = 1 and ``dense_last``.
         block_size: Tokens to a side of a block: a power of two from 16 to 512.
-        min_length: Prompts of fewer tokens keep dense attention. None is where sparse prefill starts to pay on the
-            device, see ``crossing``.
+        min_length: Prompts of fewer tokens keep dense attention. None is the break-even length of the
+            device, see ``device_defaults``.
         max_density: Share of the causal blocks above which a call runs dense after all, in (0, 1], decided at run
             time by reading one number from the device; 1 is never. None is what was measured for the device, see
-            ``crossing``. Given, it holds at every length, and ``min_length``, if None, is where reading costs nothing.
+            ``device_defaults``. Given, it holds at every length, and ``min_length``, if None, is where reading costs
+            nothing.
             Plain causal attention only, and not under CUDA graphs, which can't decide.
         max_mask_elements: Attention under a mask tensor that the model is given, of more elements than this, stays
             dense. Masks that the model computes from positions and lengths are never read and have no limit.
@@ -86,7 +97,7 @@ class SparsePrefillConfig:
     kernel_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gamma", settle_gamma(self.gamma))
+        object.__setattr__(self, "gamma", resolve_gamma(self.gamma))
         check_tau(self.tau)
         check("min_budget", self.min_budget, "a number of tokens, at least 0", is_integer(self.min_budget, 0))
         check_budgets(self.min_budget, self.max_budget)
@@ -122,7 +133,7 @@ class SparsePrefillConfig:
         are_layers = isinstance(self.dense_layers, Collection) and all(is_integer(n, 0) for n in self.dense_layers)
         check("dense_layers", self.dense_layers, "numbers of layers, each at least 0", are_layers)
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        object.__setattr__(self, "policy", settle_policy(self.policy))
+        object.__setattr__(self, "policy", resolve_policy(self.policy))
         check(
             "kernel_backend",
             self.kernel_backend,
@@ -149,15 +160,12 @@ class SparsePrefillConfig:
     @property
     def is_dense(self) -> bool:
         """Whether every block is computed, whatever the inputs."""
-        return self.max_budget is None and (min(self.gammas) == 1 or self.estimator == "dense")
+        return self.max_budget is None and (min(self.gammas) == 1 or is_dense_estimator(self.estimator))
 
     @property
     def selection(self) -> tuple[Any, ...]:
-        """The arguments that the selecting ops take last; ``from_selection`` is the way back."""
-        return (
-            *(self.gammas, self.tau, self.min_budget, self.max_budget),
-            *(self.block_size, self.dense_last, self.estimator),
-        )
+        """The fields of ``SELECTION``, as the selecting ops take them last; ``from_selection`` is the way back."""
+        return tuple(self.gammas if name == "gamma" else getattr(self, name) for name in SELECTION)
 
     @staticmethod
     def from_selection(gammas: list[float], *others: Any) -> SparsePrefillConfig:
@@ -166,25 +174,10 @@ class SparsePrefillConfig:
 
 
 @functools.lru_cache(maxsize=1024)
-def _recall_config(
-    gammas: tuple[float, ...],
-    tau: float,
-    min_budget: int,
-    max_budget: int | None,
-    block_size: int,
-    dense_last: int,
-    estimator: str,
-) -> SparsePrefillConfig:
+def _recall_config(gammas: tuple[float, ...], *others: Any) -> SparsePrefillConfig:
     """Make the config, and check it, once: that takes as long as launching a kernel."""
-    return SparsePrefillConfig(
-        gamma=gammas[0] if len(gammas) == 1 else gammas,
-        tau=tau,
-        min_budget=min_budget,
-        max_budget=max_budget,
-        block_size=block_size,
-        dense_last=dense_last,
-        estimator=estimator,
-    )
+    gamma = gammas[0] if len(gammas) == 1 else gammas
+    return SparsePrefillConfig(**dict(zip(SELECTION, (gamma, *others), strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""From what length on sparse prefill pays, and from which on it pays to ask: measured on known devices.
+"""Defaults that depend on the device: the break-even length of sparse prefill, and the ceiling on density.
 
-``flexprefill tune`` measures the first of the two on this machine.
+The break-even length is the prompt length from which on sparse prefill is no slower than dense. It was measured on
+known devices, and ``flexprefill tune`` measures it on this machine. A ceiling on density reads one number from the
+device at run time; from a second length on, that costs next to nothing.
 """
 
 from __future__ import annotations
@@ -19,20 +21,20 @@ from .config import DensityCeiling, SparsePrefillConfig
 
 logger = logging.getLogger(__name__)
 
-# Tokens, by device name: `flexprefill tune` with its defaults. Structured inputs, against the fastest dense attention.
+# Break-even lengths in tokens, by device name: `flexprefill tune` with its defaults.
 MEASURED = {"cpu": 4096, "NVIDIA H100 80GB HBM3": 8192, "NVIDIA H200": 8192}
-UNKNOWN_GPU = 16384
-# Tokens, by device name: from here on selecting in vain and reading its density is lost in the time of dense attention.
-# A CPU has nothing to wait for.
+_UNKNOWN_GPU = 16384
+# Lengths in tokens, by device name: from here on dense attention takes so long that a selection in vain, and the read
+# of its density, hardly add to it. A CPU has nothing to wait for.
 CEILING_FROM = {"cpu": 1, "NVIDIA H100 80GB HBM3": 65536, "NVIDIA H200": 65536}
-CEILING_FROM_UNKNOWN_GPU = 65536
+_CEILING_FROM_UNKNOWN_GPU = 65536
 # Of the causal blocks: FlexAttention at this density takes as long as the fastest dense attention on an H100, 0.72 to
 # 0.75, and on an H200, 0.78. By the kernels of flash-attn-4 it takes less from 32k tokens on at any density that was
 # seen, 90 % of the blocks among them.
 GPU_MAX_DENSITY = 0.75
 
 
-def settle_min_length(config: SparsePrefillConfig, example_inputs: Sequence[Any]) -> SparsePrefillConfig:
+def resolve_min_length(config: SparsePrefillConfig, example_inputs: Sequence[Any]) -> SparsePrefillConfig:
     """Fill in ``min_length`` where it is None, for the device of a graph's inputs.
 
     Under a ceiling that was asked for, prompts too short for it to be free stay dense: it promises no loss.
@@ -40,13 +42,13 @@ def settle_min_length(config: SparsePrefillConfig, example_inputs: Sequence[Any]
     if config.min_length is not None:
         return config
     device = _device_of(example_inputs)
-    crossing = find_crossing(device)
+    min_length = find_break_even_length(device)
     if config.max_density is not None and config.max_density < 1:
-        crossing = max(crossing, find_ceiling_start(device))
-    return dataclasses.replace(config, min_length=crossing)
+        min_length = max(min_length, find_ceiling_start(device))
+    return dataclasses.replace(config, min_length=min_length)
 
 
-def settle_ceiling(
+def resolve_ceiling(
     config: SparsePrefillConfig, example_inputs: Sequence[Any], *, has_cuda_graphs: bool
 ) -> DensityCeiling | None:
     """Return the ceiling on density for the device of a graph's inputs, or None for none.
@@ -66,8 +68,8 @@ def settle_ceiling(
 
 
 def find_ceiling_start(device: torch.device) -> int:
-    """Return from how many tokens on a ceiling on density costs nothing on a device."""
-    return CEILING_FROM.get(name_device(device), CEILING_FROM_UNKNOWN_GPU)
+    """Return the length in tokens from which on a ceiling on density costs nothing on a device."""
+    return CEILING_FROM.get(name_device(device), _CEILING_FROM_UNKNOWN_GPU)
 
 
 def _device_of(example_inputs: Sequence[Any]) -> torch.device:
@@ -76,25 +78,25 @@ def _device_of(example_inputs: Sequence[Any]) -> torch.device:
     return gpu_first[0] if gpu_first else torch.device("cpu")
 
 
-def find_crossing(device: torch.device) -> int:
-    """Return from how many tokens on sparse prefill is taken to pay on a device; this machine's measurement wins."""
+def find_break_even_length(device: torch.device) -> int:
+    """Return the break-even length on a device, in tokens: as measured on this machine, or else the table's."""
     name = name_device(device)
-    return read_crossings().get(name, MEASURED.get(name, UNKNOWN_GPU))
+    return read_break_even_lengths().get(name, MEASURED.get(name, _UNKNOWN_GPU))
 
 
 def name_device(device: torch.device) -> str:
-    """Return the name under which a device's crossing is kept."""
+    """Return the name under which a device's break-even length is kept."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def crossings_path() -> Path:
+def break_even_path() -> Path:
     """Return the file of this machine's measurements, under $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flexprefill-compile" / "crossings.json"
 
 
-def read_crossings() -> dict[str, int]:
-    """Return this machine's measurements: tokens by device name."""
-    path = crossings_path()
+def read_break_even_lengths() -> dict[str, int]:
+    """Return the break-even lengths measured on this machine, in tokens by device name."""
+    path = break_even_path()
     if not path.exists():
         return {}
     try:
@@ -107,10 +109,10 @@ def read_crossings() -> dict[str, int]:
     return tokens
 
 
-def store_crossing(name: str, tokens: int) -> Path:
-    """Keep a measurement; return the file it went to."""
-    path = crossings_path()
-    crossings = read_crossings() | {name: tokens}
+def store_break_even_length(name: str, tokens: int) -> Path:
+    """Keep the break-even length of a device; return the file it went to."""
+    path = break_even_path()
+    lengths = read_break_even_lengths() | {name: tokens}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(crossings, indent=1) + "\n")
+    path.write_text(json.dumps(lengths, indent=1) + "\n")
     return path

@@ -21,7 +21,7 @@ from .checks import (
     check_budgets,
     check_tau,
     is_integer,
-    settle_gamma,
+    resolve_gamma,
 )
 from .registry import check_estimator, name_estimator
 
@@ -53,7 +53,7 @@ class LayerPolicy:
 
     def __post_init__(self) -> None:
         if self.gamma is not None:
-            object.__setattr__(self, "gamma", settle_gamma(self.gamma))
+            object.__setattr__(self, "gamma", resolve_gamma(self.gamma))
         if self.tau is not None:
             check_tau(self.tau)
         check_budgets(self.min_budget, self.max_budget)
@@ -165,7 +165,7 @@ class Policy:
             raise InvalidOptionError(f"{path} holds no policy: {_first_line(error)}") from None
 
 
-def settle_policy(policy: Any) -> Policy | None:
+def resolve_policy(policy: Any) -> Policy | None:
     """Return the policy that an option stands for: one, or the path of its file.
 
     Raises:

@@ -1,11 +1,12 @@
 """Estimators by name: those built in, and functions that users register.
 
-A user's function takes ``block_masks.estimator_inputs.EstimatorInputs`` and returns block scores; docs/estimators.md
-states the contract. Built-in ones are only named here: they stand in ``block_masks/estimators/table.py``.
+``block_masks/estimators/table.py`` registers those built in when the package is imported. A user's function takes
+``block_masks.estimators.inputs.EstimatorInputs`` and returns block scores; docs/estimators.md states the contract.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,35 @@ from torch import Tensor
 
 from .checks import InvalidOptionError, check
 
-BUILT_IN = ("flexprefill", "auto", "xattention", "sampled", "streaming", "dense")
-
 Estimator = Callable[[Any], Tensor]
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BuiltIn:
+    """What the settings know of a built-in estimator.
+
+    Attributes:
+        name: What ``SparsePrefillConfig.estimator`` calls it.
+        is_dense: Whether it keeps every block, whatever the inputs.
+    """
+
+    name: str
+    is_dense: bool = False
+
+
+BUILT_IN: dict[str, BuiltIn] = {}
 _registered: dict[str, Estimator] = {}
+
+
+def register_built_in(estimator: BuiltIn) -> None:
+    """Make the name of a built-in estimator known; the order of these calls is that of the names in messages."""
+    BUILT_IN[estimator.name] = estimator
+
+
+def is_dense_estimator(name: object) -> bool:
+    """Tell whether an estimator keeps every block, whatever the inputs."""
+    built_in = BUILT_IN.get(str(name))
+    return built_in is not None and built_in.is_dense
 
 
 def register_estimator(name: str, function: Estimator) -> None:

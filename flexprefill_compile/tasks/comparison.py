@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .confidence import EVERYTHING, Interval, compute_mean_interval, compute_share_interval
+from .confidence import EVERYTHING, ConfidenceInterval, compute_mean_interval, compute_share_interval
 from .scoring import Score
 from .table import TEXTS
 
@@ -43,12 +43,12 @@ class Comparison:
         return statistics.fmean(self._differences("log_likelihood"))
 
     @property
-    def interval(self) -> Interval:
+    def interval(self) -> ConfidenceInterval:
         """The 95 % interval of ``difference``."""
         return compute_mean_interval(self._differences("log_likelihood"))
 
     @property
-    def accuracy_interval(self) -> Interval:
+    def accuracy_interval(self) -> ConfidenceInterval:
         """The 95 % interval of the accuracy, sparse minus dense."""
         if len(self.dense) < 2:
             return EVERYTHING
@@ -85,5 +85,5 @@ class Comparison:
         return [getattr(s, name) - getattr(d, name) for d, s in zip(self.dense, self.sparse, strict=True)]
 
 
-def _as_list(interval: Interval) -> list[float] | None:
+def _as_list(interval: ConfidenceInterval) -> list[float] | None:
     return None if interval == EVERYTHING else [interval.low, interval.high]

@@ -11,7 +11,7 @@ LEVEL = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
-class Interval:
+class ConfidenceInterval:
     """Where a mean lies, with 95 % confidence."""
 
     low: float
@@ -26,10 +26,10 @@ class Interval:
         return self.low > value
 
 
-EVERYTHING = Interval(-math.inf, math.inf)
+EVERYTHING = ConfidenceInterval(-math.inf, math.inf)
 
 
-def compute_mean_interval(differences: Sequence[float], level: float = LEVEL) -> Interval:
+def compute_mean_interval(differences: Sequence[float], level: float = LEVEL) -> ConfidenceInterval:
     """Compute Student's interval of the mean of paired differences; one sample alone says nothing.
 
     Args:
@@ -41,10 +41,10 @@ def compute_mean_interval(differences: Sequence[float], level: float = LEVEL) ->
     mean = statistics.fmean(differences)
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     reach = error * find_student_quantile((1 + level) / 2, len(differences) - 1)
-    return Interval(mean - reach, mean + reach)
+    return ConfidenceInterval(mean - reach, mean + reach)
 
 
-def compute_share_interval(dense: Sequence[bool], sparse: Sequence[bool], level: float = LEVEL) -> Interval:
+def compute_share_interval(dense: Sequence[bool], sparse: Sequence[bool], level: float = LEVEL) -> ConfidenceInterval:
     """Compute the interval of the difference of two shares, sparse minus dense, of the same samples.
 
     It has a width even if both agree on every sample. Newcombe 1998, "Improved confidence intervals for the difference
@@ -69,16 +69,16 @@ def compute_share_interval(dense: Sequence[bool], sparse: Sequence[bool], level:
     share, other = num_sparse / count, num_dense / count
     low = _add_squares(share - first.low, second.high - other, correlation)
     high = _add_squares(first.high - share, other - second.low, correlation)
-    return Interval(share - other - low, share - other + high)
+    return ConfidenceInterval(share - other - low, share - other + high)
 
 
-def compute_wilson_interval(number: int, count: int, level: float = LEVEL) -> Interval:
+def compute_wilson_interval(number: int, count: int, level: float = LEVEL) -> ConfidenceInterval:
     """Compute Wilson's score interval of a share, ``number`` of ``count``."""
     z = statistics.NormalDist().inv_cdf((1 + level) / 2)
     share = number / count
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     reach = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return Interval(max(0.0, centre - reach), min(1.0, centre + reach))
+    return ConfidenceInterval(max(0.0, centre - reach), min(1.0, centre + reach))
 
 
 def find_student_quantile(probability: float, degrees: int) -> float:

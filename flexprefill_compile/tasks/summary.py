@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from ..report import format_table
+from ..text_table import format_table
 from .comparison import Comparison
-from .confidence import EVERYTHING, Interval
+from .confidence import EVERYTHING, ConfidenceInterval
 from .scoring import Score
 
 HEADER = ("task", "tokens", "estimator", "dense", "sparse", "difference", "95 % interval", "right, dense", "sparse")
@@ -46,7 +46,7 @@ def _format_row(comparison: Comparison) -> list[str]:
     ]
 
 
-def _format_interval(interval: Interval) -> str:
+def _format_interval(interval: ConfidenceInterval) -> str:
     return "one sample" if interval == EVERYTHING else f"{interval.low:+.3f} to {interval.high:+.3f}"
 
 

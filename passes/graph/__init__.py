@@ -1,1 +1,1 @@
-"""Read an FX graph: what a node does, what computes a value. Knows nothing of attention."""
+"""Read an FX graph, and trace code into it. Knows nothing of attention."""

@@ -12,7 +12,10 @@ import torch
 from torch.fx import Node
 from torch.nn import functional as F
 
-from flexprefill_compile.torch_internals import OpOverload, OpOverloadPacket, written_arguments
+from flexprefill_compile.torch_internals import OpOverload, OpOverloadPacket
+
+from .edits import edited_inputs
+from .nodes import argument
 
 
 def _names(text: str) -> frozenset[str]:
@@ -41,10 +44,10 @@ REARRANGEMENTS = _names("""
     triu repeat_interleave max min amax einsum
 """)
 # They read a tensor's sizes and not its elements.
-METADATA = _names("size dim shape ndim numel sym_size")
+_METADATA = _names("size dim shape ndim numel sym_size")
 
 _NAMES = SOFTMAX.union(
-    PRODUCTS, DROPOUT, VIEWS, CASTS, EXPANSIONS, TRANSPOSITIONS, ELEMENTWISE, REARRANGEMENTS, METADATA
+    PRODUCTS, DROPOUT, VIEWS, CASTS, EXPANSIONS, TRANSPOSITIONS, ELEMENTWISE, REARRANGEMENTS, _METADATA
 )
 _FUNCTIONS: dict[Any, str] = {
     function: name
@@ -67,19 +70,6 @@ def operation(node: Node) -> str:
     return _FUNCTIONS.get(node.target, "")
 
 
-def argument(node: Node, position: int, *names: str) -> Any:
-    """Return an argument by its position, the tensor of a method being number 0, or by any of its names; else None."""
-    if position < len(node.args):
-        return node.args[position]
-    return next((node.kwargs[name] for name in names if name in node.kwargs), None)
-
-
-def first_input(node: Node) -> Node | None:
-    """Return the tensor that an operation on one tensor takes, where it is a node."""
-    tensor = argument(node, 0, "input", "self")
-    return tensor if isinstance(tensor, Node) else None
-
-
 def product_operands(product: Node) -> tuple[Any, Any]:
     """Return the two factors of a node whose operation is one of PRODUCTS."""
     if operation(product) == "baddbmm":
@@ -94,18 +84,9 @@ def is_last_dimension(dimension: Any, rank: int) -> bool:
     return isinstance(dimension, int) and dimension in {-1, rank - 1}
 
 
-def edited_inputs(node: Node) -> list[Node]:
-    """Return the tensors that a node changes in place."""
-    if isinstance(node.target, OpOverload | OpOverloadPacket):
-        edited = [argument(node, position, name) for position, name in written_arguments(node.target)]
-    else:
-        edited = [argument(node, 0, "input", "self")] if _edits_in_place(node) else []
-    return [tensor for tensor in (*edited, node.kwargs.get("out")) if isinstance(tensor, Node)]
-
-
 def live_users(node: Node) -> list[Node]:
     """Return the nodes that use a node's elements and are of use themselves."""
-    return [user for user in node.users if operation(user) not in METADATA and _is_live(user)]
+    return [user for user in node.users if operation(user) not in _METADATA and _is_live(user)]
 
 
 def _is_live(node: Node, depth: int = 8) -> bool:
@@ -113,22 +94,6 @@ def _is_live(node: Node, depth: int = 8) -> bool:
     if depth == 0 or node.op == "output" or node.is_impure() or edited_inputs(node):
         return True
     return any(_is_live(user, depth - 1) for user in node.users)
-
-
-def _edits_in_place(node: Node) -> bool:
-    if node.kwargs.get("inplace") is True:
-        return True
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in {"__invert__", "__index__"})
-    if getattr(node.target, "__module__", None) == "_operator":
-        return name in _IN_PLACE_OPERATORS
-    return name.endswith("_")
-
-
-_IN_PLACE_OPERATORS = _names("""
-    setitem delitem iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor
-""")
 
 
 def _aten_name(target: OpOverload | OpOverloadPacket) -> str:

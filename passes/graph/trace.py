@@ -15,11 +15,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from flexprefill_compile.torch_internals import FakeTensor, make_fx_under
 
-from ..match.site import example_of
-from .operations import argument, operation
+from .nodes import argument, example_of
+from .operations import operation
 
 # A mask's graph is tens of nodes; what is longer depends on the model's own computation.
-MOST_ANCESTORS = 400
+_MOST_ANCESTORS = 400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TracedValue:
         leaves: The nodes of the dynamo graph it starts from: inputs, parameters and sizes.
         ancestors: Every node of the dynamo graph that was traced.
         constants: The constant tensors that the graph reads, by name.
-        product: The placeholder of the product of queries and keys, if the value depends on one.
+        product: The placeholder of the matrix product that the trace was to start from, if any.
     """
 
     graph: Graph
@@ -54,7 +54,7 @@ def trace_value(value: Node, product: Node | None = None) -> TracedValue:
 
     Args:
         value: A node of a dynamo graph.
-        product: A product of queries and keys to start from as well. Of a baddbmm only the product itself is.
+        product: A matrix product to start from as well. Of a baddbmm, its addend is still traced.
 
     Raises:
         Exception: Whatever tracing raises; the caller takes it for "can't be traced".
@@ -66,7 +66,7 @@ def trace_value(value: Node, product: Node | None = None) -> TracedValue:
         return node.op in ("placeholder", "get_attr") or isinstance(example_of(node), SymInt)
 
     ancestors = _find_ancestors(value, is_leaf, product)
-    if len(ancestors) > MOST_ANCESTORS:
+    if len(ancestors) > _MOST_ANCESTORS:
         raise ValueError(f"computed by {len(ancestors)} operations")
     copied = Graph()
     copies: dict[Node, Any] = {}

@@ -1,1 +1,1 @@
-"""From a mask that a graph computes to a formula of one query and one key. Never changes the graph."""
+"""From a mask to a formula of one query and one key, or the reason why there is none. Never changes the graph."""

@@ -1,4 +1,4 @@
-"""What the formula of a lifted mask proves, by sympy: is it causal, where do the queries stand, is it packed.
+"""Prove facts of a lifted mask with sympy: whether it is causal or packed, and where its queries stand.
 
     (key <= query + capture_1) & (capture_2[batch, key] == capture_2[batch, query])    causal, offset capture_1, packed
 
@@ -16,8 +16,8 @@ import torch
 from torch.fx import Node
 
 from ..graph.trace import ancestors_of
-from .mask import is_read_by_pair
-from .scores import ElementFunction
+from .elements import is_read_by_pair
+from .score_parts import ElementFunction
 
 aten = torch.ops.aten
 QUERY, KEY = sympy.symbols("query key", integer=True)
@@ -72,14 +72,14 @@ class MaskBounds:
 def find_bounds(mask: ElementFunction) -> MaskBounds:
     """Read the bounds off a mask's graph."""
     (output,) = mask.module.graph.output_node().all_input_nodes
-    formulas = _Formulas()
+    expressions = _Expressions()
     conjuncts = list(_conjuncts(output))
-    margins = [margin for node in conjuncts if (margin := formulas.margin_of(node)) is not None]
+    margins = [margin for node in conjuncts if (margin := expressions.margin_of(node)) is not None]
     positions = [offset for margin in margins if (offset := _offset_of(margin)) is not None]
     return MaskBounds(
         is_causal=bool(positions) or any(map(_orders_values, margins)),
         offset=positions[0] if positions else None,
-        is_packed=any(formulas.is_equality_of_sides(node) for node in conjuncts),
+        is_packed=any(expressions.is_equality_of_sides(node) for node in conjuncts),
         is_given=any(map(is_read_by_pair, ancestors_of(output))),
         is_plain=len(conjuncts) == 1 and positions == [0],
     )
@@ -119,7 +119,7 @@ def _capture_names(mask: ElementFunction) -> list[str]:
     return [node.name for node in mask.module.graph.find_nodes(op="placeholder") if node.name.startswith("capture")]
 
 
-class _Formulas:
+class _Expressions:
     """Nodes as sympy expressions; what has none becomes a symbol of its own."""
 
     def margin_of(self, node: Node) -> sympy.Expr | None:

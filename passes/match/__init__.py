@@ -1,1 +1,1 @@
-"""From a node to an attention site, or to the reason why it stays dense. Never changes the graph."""
+"""From a node to an attention site, or the reason why it stays dense. Never changes the graph."""

@@ -1,4 +1,4 @@
-"""One entry for every form of attention: what a node is the heart of, or None. Never mutates."""
+"""Match every form of attention at its central node: the call, or the softmax. Never mutates."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from flexprefill_compile.report import Skipped, SkipReason
 from flexprefill_compile.settings.config import SparsePrefillConfig
 from flexprefill_compile.torch_internals import FUSED_ATTENTION
 
+from ..graph.nodes import example_of, name_of
 from .eager import is_softmax, match_eager
 from .flex import is_flex_attention, match_flex
 from .sdpa import is_sdpa, match_sdpa
-from .site import AttentionSite, describe_shapes, example_of, name_of
+from .site import AttentionSite, describe_shapes
 
 
 def match_attention(node: Node, config: SparsePrefillConfig) -> AttentionSite | Skipped | None:

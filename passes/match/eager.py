@@ -17,43 +17,20 @@ from torch.fx import Node
 from flexprefill_compile.report import Skipped, SkipReason
 from flexprefill_compile.settings.config import SparsePrefillConfig
 
-from ..graph.operands import (
-    is_edited,
-    merges_heads,
-    share_key_heads,
-    shares_memory,
-    undo_upcast,
-)
-from ..graph.operations import (
-    DROPOUT,
-    SOFTMAX,
-    argument,
-    edited_inputs,
-    first_input,
-    operation,
-)
-from .checks import (
-    refuse_decode,
-    refuse_dropout,
-    refuse_gradient,
-    refuse_heads,
-    refuse_tensors,
-)
+from ..graph.edits import edited_inputs, shares_memory
+from ..graph.nodes import argument, example_of, first_input, name_of
+from ..graph.operations import DROPOUT, SOFTMAX, operation
 from .eager_parts import Parts, WeightsTrace, read_parts
-from .lengths import Refusal, refuse_lengths
 from .logits import (
     LogitsTrace,
     feeds_product,
     holds_product,
     undo_row_shift,
 )
-from .site import (
-    AttentionSite,
-    Logits,
-    describe_shapes,
-    example_of,
-    name_of,
-)
+from .operands import is_edited, merges_heads, share_key_heads, undo_upcast
+from .prefill_lengths import refuse_lengths
+from .refusals import Refusal, refuse_decode, refuse_dropout, refuse_gradient, refuse_heads, refuse_tensors
+from .site import AttentionSite, Logits, describe_shapes
 
 
 def is_softmax(node: Node) -> bool:

@@ -1,6 +1,6 @@
 """Take attention that a model wrote out apart: query, key, value, what the scores and what the weights go through.
 
-Never mutates. See match_eager.py.
+Never mutates. See eager.py.
 """
 
 from __future__ import annotations
@@ -9,20 +9,10 @@ from typing import NamedTuple
 
 from torch.fx import Node
 
-from ..graph.operands import Operand, split_heads, transpose_back
-from ..graph.operations import (
-    CASTS,
-    DROPOUT,
-    VIEWS,
-    argument,
-    first_input,
-    is_last_dimension,
-    live_users,
-    operation,
-    product_operands,
-)
+from ..graph.nodes import argument, example_of, first_input
+from ..graph.operations import CASTS, DROPOUT, VIEWS, is_last_dimension, live_users, operation, product_operands
 from .logits import LogitsTrace, holds_product, is_product, trace_logits
-from .site import example_of
+from .operands import Operand, split_heads, transpose_back
 
 
 class WeightsTrace(NamedTuple):

@@ -17,11 +17,12 @@ from flexprefill_compile.report import Skipped, SkipReason
 from flexprefill_compile.settings.config import SparsePrefillConfig
 from flexprefill_compile.torch_internals import flex_attention_hop
 
-from ..graph.operands import Operand, share_key_heads
+from ..graph.nodes import example_of, name_of
 from ..graph.operations import live_users
-from .checks import refuse_decode, refuse_gradient, refuse_heads, refuse_tensors
-from .lengths import Refusal, refuse_lengths
-from .site import AttentionSite, FlexMods, describe_shapes, example_of, name_of
+from .operands import Operand, share_key_heads
+from .prefill_lengths import refuse_lengths
+from .refusals import Refusal, refuse_decode, refuse_gradient, refuse_heads, refuse_tensors
+from .site import AttentionSite, FlexMods, describe_shapes
 
 
 def is_flex_attention(node: Node) -> bool:

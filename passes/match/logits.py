@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.fx import Node
 
+from ..graph.nodes import argument, example_of, first_input
 from ..graph.operations import (
     CASTS,
     DROPOUT,
@@ -20,17 +21,14 @@ from ..graph.operations import (
     REARRANGEMENTS,
     TRANSPOSITIONS,
     VIEWS,
-    argument,
-    first_input,
     is_last_dimension,
     operation,
     product_operands,
 )
-from .site import example_of
 
-# Through these the scores may be recognised as such, though not understood.
-LOOSE_STEPS = ELEMENTWISE | VIEWS | CASTS | DROPOUT | EXPANSIONS | TRANSPOSITIONS | REARRANGEMENTS
-MATRICES = 3  # dimensions of a batch of matrices
+# Enough to tell that attention is there; a form that uses those beyond ELEMENTWISE, VIEWS and CASTS is reported.
+_LOOSE_STEPS = ELEMENTWISE | VIEWS | CASTS | DROPOUT | EXPANSIONS | TRANSPOSITIONS | REARRANGEMENTS
+_MATRICES = 3  # dimensions of a batch of matrices
 
 
 class LogitsTrace(NamedTuple):
@@ -111,7 +109,7 @@ def holds_product(nodes: Iterable[Node]) -> bool:
         node = pending.pop()
         if is_product(node) or _is_einsum_product(node):
             return True
-        if operation(node) in LOOSE_STEPS:
+        if operation(node) in _LOOSE_STEPS:
             new = [source for source in node.all_input_nodes if source not in seen]
             seen.update(new)
             pending.extend(new)
@@ -125,7 +123,7 @@ def feeds_product(node: Node) -> bool:
         for user in pending.pop().users:
             if is_product(user) or _is_einsum_product(user):
                 return True
-            if operation(user) in LOOSE_STEPS and user not in seen:
+            if operation(user) in _LOOSE_STEPS and user not in seen:
                 seen.add(user)
                 pending.append(user)
     return False
@@ -137,4 +135,4 @@ def _is_einsum_product(node: Node) -> bool:
 
 def _is_batch_of_matrices(operand: object) -> bool:
     example = example_of(operand)
-    return isinstance(example, Tensor) and example.dim() >= MATRICES
+    return isinstance(example, Tensor) and example.dim() >= _MATRICES

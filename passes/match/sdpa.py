@@ -20,25 +20,13 @@ from flexprefill_compile.report import Skipped, SkipReason
 from flexprefill_compile.settings.config import SparsePrefillConfig
 from flexprefill_compile.torch_internals import guard_or_false
 
-from ..graph.operands import Operand, share_key_heads
-from .checks import (
-    refuse_decode,
-    refuse_dropout,
-    refuse_gradient,
-    refuse_heads,
-    refuse_tensors,
-)
-from .lengths import Refusal, refuse_lengths
-from .site import (
-    AttentionSite,
-    IsCausal,
-    Masked,
-    describe_shapes,
-    example_of,
-    name_of,
-)
+from ..graph.nodes import example_of, name_of
+from .operands import Operand, share_key_heads
+from .prefill_lengths import refuse_lengths
+from .refusals import Refusal, refuse_decode, refuse_dropout, refuse_gradient, refuse_heads, refuse_tensors
+from .site import AttentionSite, IsCausal, Masked, describe_shapes
 
-SDPA_TARGETS = frozenset(
+_SDPA_TARGETS = frozenset(
     {
         F.scaled_dot_product_attention,
         torch.ops.aten.scaled_dot_product_attention,
@@ -49,7 +37,7 @@ SDPA_TARGETS = frozenset(
 
 def is_sdpa(node: Node) -> bool:
     """Tell whether a node is an attention call, by any of its names."""
-    return node.op == "call_function" and node.target in SDPA_TARGETS
+    return node.op == "call_function" and node.target in _SDPA_TARGETS
 
 
 def match_sdpa(node: Node, config: SparsePrefillConfig) -> AttentionSite | Skipped:

@@ -1,4 +1,4 @@
-"""What every form of attention is described as: an ``AttentionSite``. The modules match_* make them, never mutating.
+"""What every form of attention is described as: an ``AttentionSite``. The modules of each form make them.
 
 form                                                               scores
 scaled_dot_product_attention(q, k, v, is_causal=True)              IsCausal()
@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from flexprefill_compile.report import AttentionShapes
 
+from ..graph.nodes import example_of
 from ..graph.operations import operation
 
 
@@ -131,22 +132,6 @@ class AttentionSite:
     def signature(self) -> tuple[object, ...]:
         """What decides how inductor lowers the site: equal signatures succeed or fail alike."""
         return self.shapes, describe_shape(example_of(self.value)), self.dtype, *self.scores.signature
-
-
-def example_of(argument: Any) -> Any:
-    """Return the fake tensor or symbolic number that a node stands for; a constant stands for itself."""
-    if not isinstance(argument, Node):
-        return argument
-    return argument.meta.get("example_value", argument.meta.get("val"))
-
-
-def name_of(node: Node) -> str:
-    """Return the path of the submodule that a node belongs to, or the node's own name outside of any."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return node.name
-    path = list(stack.values())[-1][0]
-    return path.removeprefix("L['self']").removeprefix("L['fn']").lstrip(".") or node.name
 
 
 def describe_shape(tensor: Any) -> str:

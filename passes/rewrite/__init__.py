@@ -1,1 +1,1 @@
-"""From an attention site to block selection and FlexAttention. Never refuses."""
+"""From a lifted site to block selection and FlexAttention over the selected blocks. Never refuses."""

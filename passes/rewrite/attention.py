@@ -7,45 +7,83 @@ becomes
     tables = flexprefill.select_blocks(q, k, v, scale, gamma, ...)
     out = flex_attention(q, k, v, identity_score, (S, S, *tables, ..., causal_mask), scale, kernel_options)[0]
 
-and under a mask, whose facts are shared by its layers (share_masks.py),
+and under a mask, whose facts are shared by its layers (mask_sharing.py),
 
     tables = flexprefill.select_masked_blocks(q, k, v, *facts, score_bias, scale, softcap, gamma, ...)
     out = flex_attention(q, k, v, score_mod, (Sq, Skv, *tables, ..., mask_mod), scale, ..., captures, captures)[0]
 
-Under a ceiling on density, plain causal attention chooses at run time (ceiling_branches.py). The mask_mod runs on every
-block not proven full, so the result is exact attention over the selected blocks.
+With a ceiling on density, the graph chooses sparse or dense attention at run time (density_branches.py). The mask_mod
+runs on every block not proven full, so the result is exact attention over the selected blocks.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.fx import Graph, GraphModule, Node, symbolic_trace
-from torch.utils._pytree import tree_map_only
+from torch.fx import Node
 
 from flexprefill_compile.block_masks.layout import BlockTables
 from flexprefill_compile.block_masks.prefill import causal_mask, create_block_mask
 from flexprefill_compile.settings.config import DensityCeiling, SparsePrefillConfig
 from flexprefill_compile.torch_internals import complete_kernel_options, flex_attention_hop
 
-from ..lift.mask import INDEX_NAMES
-from ..lift.scores import ScoreParts
-from ..lift.site import LiftedSite
-from ..match.site import AttentionSite, Logits, Masked, example_of
-from .ceiling import insert_choice
+from ..graph.nodes import example_of
+from ..lift.lifted_site import LiftedSite
+from ..match.site import AttentionSite, Logits, Masked
 from .cpu_workarounds import realize_on_cpu
+from .density_branches import insert_branches
+from .insertion import Insert, insert_submodule, start_inserting
 from .kernel_options import choose_kernel_options
-from .shared_masks import MaskSharing
+from .mask_facts import insert_mask_check
+from .mask_sharing import MaskSharing
+from .observation import insert_observation
+from .score_mod import insert_score
 
-Insert = Callable[..., Node]
+_MASK_MODULE = "flexprefill_causal_mask"  # fixed, because inductor's caches key on it
 
-# Fixed names, because inductor's caches key on them.
-MASK_MODULE = "flexprefill_causal_mask"
-SCORE_MODULE = "flexprefill_identity_score"
+
+def rewrite_attention(
+    lifted: LiftedSite,
+    config: SparsePrefillConfig,
+    sharing: MaskSharing,
+    ceiling: DensityCeiling | None = None,
+    observed_rows: int = 0,
+) -> None:
+    """Replace the attention of a site by its sparse form, in place.
+
+    Args:
+        lifted: What was matched and lifted.
+        config: What to select.
+        sharing: Of the site's own graph module, which gains the mask_mod and the score_mod as submodules.
+        ceiling: Above which density plain causal attention runs dense; None is never.
+        observed_rows: How many of its query rows observers see; 0 inserts no observation.
+    """
+    site = lifted.site
+    insert = start_inserting(sharing.graph, site.node)
+    with sharing.graph.inserting_before(site.node):
+        inputs = [_insert_input(insert, site, x) for x in (site.query, site.key, site.value)]
+        if config.check_masks and isinstance(site.scores, Masked):
+            query, key, _ = inputs
+            inputs[0] = insert_mask_check(sharing.graph, sharing.captured, lifted, query, key, site.scores.mask)
+        select = _select_causal if lifted.is_plain else _select_masked
+        selection = select(insert, lifted, config, sharing, inputs)
+        attention = _insert_attention(sharing, lifted, inputs, selection, config, ceiling)
+        output = insert(operator.getitem, attention, 0)
+        output = realize_on_cpu(insert, output, example_of(output).device)
+        if observed_rows:
+            output = insert_observation(insert, lifted, sharing, (output, *inputs), selection.tables, observed_rows)
+        output = _restore_layout(insert, output, site)
+    site.node.replace_all_uses_with(output)
+    sharing.graph.erase_node(site.node)
+
+
+def _insert_input(insert: Insert, site: AttentionSite, x: Node) -> Node:
+    """Insert what FlexAttention takes in place of an argument: in the dtype that autocast would have cast it to."""
+    if example_of(x).dtype != site.dtype:
+        x = insert(torch.ops.aten.to.dtype, x, site.dtype)
+    return realize_on_cpu(insert, x, example_of(x).device)
 
 
 class _Selection(NamedTuple):
@@ -68,60 +106,6 @@ class _Selection(NamedTuple):
     score_captures: tuple[Any, ...]
 
 
-def rewrite_attention(
-    lifted: LiftedSite,
-    config: SparsePrefillConfig,
-    sharing: MaskSharing,
-    ceiling: DensityCeiling | None = None,
-    observed_rows: int = 0,
-) -> None:
-    """Replace the attention of a site by its sparse form, in place.
-
-    Args:
-        lifted: A match, understood.
-        config: What to select.
-        sharing: Of the site's own graph module, which gains the mask_mod and the score_mod as submodules.
-        ceiling: When plain causal attention runs dense after all.
-        observed_rows: How many of its rows ``observe_attention`` is to see; 0 is not to observe it.
-    """
-    site = lifted.site
-    insert = _start_inserting(sharing.graph, site.node)
-    with sharing.graph.inserting_before(site.node):
-        inputs = [_insert_input(insert, site, x) for x in (site.query, site.key, site.value)]
-        if config.check_masks and isinstance(site.scores, Masked):
-            inputs[0] = sharing.check_mask(lifted, inputs[0], inputs[1], site.scores.mask)
-        select = _select_causal if lifted.is_plain else _select_masked
-        selection = select(insert, lifted, config, sharing, inputs)
-        attention = _insert_attention(sharing, lifted, inputs, selection, config, ceiling)
-        output = insert(operator.getitem, attention, 0)
-        output = realize_on_cpu(insert, output, example_of(output).device)
-        if observed_rows:
-            output = _insert_observation(insert, lifted, sharing, (output, *inputs), selection.tables, observed_rows)
-        output = _restore_layout(insert, output, site)
-    site.node.replace_all_uses_with(output)
-    sharing.graph.erase_node(site.node)
-
-
-def _start_inserting(graph: Graph, call: Node) -> Insert:
-    """Return a function that adds a call to the graph, with its example value and with the origin of ``call``."""
-    origin = {name: call.meta[name] for name in ("nn_module_stack", "stack_trace") if name in call.meta}
-
-    def insert(target: Callable[..., Any], *args: Any, name: str | None = None) -> Node:
-        node = graph.create_node("call_function", target, args, name=name)
-        with torch.no_grad():
-            node.meta = origin | {"example_value": target(*tree_map_only(Node, example_of, args))}
-        return node
-
-    return insert
-
-
-def _insert_input(insert: Insert, site: AttentionSite, x: Node) -> Node:
-    """Insert what FlexAttention takes in place of an argument: in the dtype that autocast would have cast it to."""
-    if example_of(x).dtype != site.dtype:
-        x = insert(torch.ops.aten.to.dtype, x, site.dtype)
-    return realize_on_cpu(insert, x, example_of(x).device)
-
-
 def _select_causal(
     insert: Insert, lifted: LiftedSite, config: SparsePrefillConfig, sharing: MaskSharing, inputs: list[Node]
 ) -> _Selection:
@@ -129,10 +113,10 @@ def _select_causal(
     tables = insert(
         torch.ops.flexprefill.select_blocks.default, *inputs, lifted.parts.scale, *config.selection, name="tables"
     )
-    length = sharing.measure(inputs[0], inputs[1]).query_length
-    mask = _insert_submodule(sharing.module, MASK_MODULE, causal_mask)
-    score = _insert_submodule(sharing.module, SCORE_MODULE, _identity_score)
-    return _Selection(_unpack(insert, tables), (length, length), mask, (), score, ())
+    length = sharing.captured.measure(inputs[0], inputs[1]).query_length
+    mask = insert_submodule(sharing.module, _MASK_MODULE, causal_mask)
+    score, score_captures = insert_score(lifted, sharing)
+    return _Selection(_unpack(insert, tables), (length, length), mask, (), score, score_captures)
 
 
 def _select_masked(
@@ -148,11 +132,11 @@ def _select_masked(
         *config.selection,
         name="tables",
     )
-    score, score_captures = _insert_score(lifted, sharing)
+    score, score_captures = insert_score(lifted, sharing)
     return _Selection(
         tables=_unpack(insert, tables),
         lengths=(shared.sizes.query_length, shared.sizes.key_length),
-        mask=_insert_submodule(sharing.module, shared.name, shared.module),
+        mask=insert_submodule(sharing.module, shared.name, shared.module),
         mask_captures=shared.captures,
         score=score,
         score_captures=score_captures,
@@ -190,33 +174,12 @@ def _insert_attention(
     )
     if ceiling is not None and lifted.is_plain and (ceiling.binds_flash or options.get("BACKEND") != "FLASH"):
         operands = [*inputs, *selection.tables]
-        attention = insert_choice(sharing.module, operands, arguments, selection.lengths[0], ceiling)
+        attention = insert_branches(sharing.module, operands, arguments, selection.lengths[0], ceiling)
     else:
         attention = sharing.graph.call_function(flex_attention_hop, arguments)
     query, value = examples[0], examples[2]
     attention.meta = lifted.site.node.meta | {"example_value": (query.new_empty(*query.shape[:-1], value.shape[-1]),)}
     return attention
-
-
-def _insert_observation(
-    insert: Insert,
-    lifted: LiftedSite,
-    sharing: MaskSharing,
-    tensors: Sequence[Node],
-    tables: Sequence[Node],
-    num_rows: int,
-) -> Node:
-    """Insert the op that shows the call to observers; return the node to use in place of the output."""
-    _, query, key, _ = tensors
-    parts = lifted.parts
-    shared = None if lifted.is_plain else sharing.describe(lifted, query, key)
-    score_bias = None if shared is None else sharing.bias_of_representatives(lifted, shared)
-    rows, visible, row_bias = sharing.sample_rows(lifted, query, key, num_rows)
-    return insert(
-        torch.ops.flexprefill.observe.default,
-        *(*tensors, list(tables), list(shared.facts if shared else ()), score_bias, rows, visible, row_bias),
-        *(parts.scale, parts.softcap, lifted.site.name),
-    )
 
 
 def _restore_layout(insert: Insert, output: Node, site: AttentionSite) -> Node:
@@ -225,47 +188,3 @@ def _restore_layout(insert: Insert, output: Node, site: AttentionSite) -> Node:
         return output
     output = insert(torch.Tensor.contiguous, output)
     return output if example_of(site.node).dim() == 4 else insert(torch.flatten, output, 0, 1)
-
-
-# The functions that FlexAttention applies
-
-
-def _insert_submodule(module: GraphModule, name: str, function: Callable[..., Tensor] | GraphModule) -> Node:
-    if not hasattr(module, name):
-        traced = function if isinstance(function, GraphModule) else symbolic_trace(function)
-        for node in traced.graph.nodes:
-            node.type = None  # an annotation that is a string keeps AOTAutograd's cache from hashing the graph
-        module.add_submodule(name, traced)
-    return module.graph.get_attr(name)
-
-
-def _identity_score(score: Tensor, batch: Tensor, head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
-    return score
-
-
-def _insert_score(lifted: LiftedSite, sharing: MaskSharing) -> tuple[Node, tuple[Any, ...]]:
-    """Insert the score_mod of a site: softcap, then bias."""
-    parts = lifted.parts
-    if parts.softcap is None and parts.bias is None:
-        return _insert_submodule(sharing.module, SCORE_MODULE, _identity_score), ()
-    captures = sharing.capture(parts.bias, lifted.traced) if parts.bias is not None else ()
-    score_mod = _make_score_mod(parts, len(captures))
-    return _insert_submodule(sharing.module, sharing.name_of_score(score_mod), score_mod), captures
-
-
-def _make_score_mod(parts: ScoreParts, num_captures: int) -> GraphModule:
-    """Write softcap * tanh(score / softcap) + bias as a graph."""
-    graph = Graph()
-    names = ("score", *INDEX_NAMES, *(f"capture_{number}" for number in range(1, num_captures + 1)))
-    score, *arguments = (graph.placeholder(name) for name in names)
-    if parts.softcap is not None:
-        capped = graph.call_function(torch.ops.aten.div.Tensor, (score, parts.softcap))
-        capped = graph.call_function(torch.ops.aten.tanh.default, (capped,))
-        score = graph.call_function(torch.ops.aten.mul.Tensor, (capped, parts.softcap))
-    if parts.bias is not None:
-        source = parts.bias.module.graph
-        copies = dict(zip(source.find_nodes(op="placeholder"), arguments, strict=True))
-        bias = graph.graph_copy(source, copies)
-        score = graph.call_function(torch.ops.aten.add.Tensor, (score, bias))
-    graph.output(score)
-    return GraphModule({}, graph)

@@ -2,7 +2,7 @@
 
 1. A query or key that is a view of a Linear's output fails to lower (on 2.11, query and key that are views of one), and
    so does a pointwise consumer of the output, which inductor tries to fuse into the C++ template. The op
-   ``flexprefill::realize``, a contiguous copy that inductor can't see through, parts the template from its neighbours.
+   ``flexprefill::realize``, a contiguous copy that inductor can't see through, keeps the template apart from both.
 2. For float32 the C++ template multiplies queries by keys one score at a time, so slowly that dense attention wins.
    That product becomes a transposition and a call of ATen's ``brgemm``, like the template's other product.
 3. The template's maximum drops NaN, and so does its fast exponential: a NaN in a query or key gives finite numbers.
@@ -30,7 +30,7 @@ from torch.fx import Node
 
 from flexprefill_compile.torch_internals import compiler_config, cpp_flex_attention_template
 
-QUERY_KEY_PRODUCT = """
+_QUERY_KEY_PRODUCT = """
 template <bool accum>
 inline void {name}(
     const float* A, const float* B, float* C, int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc) {{
@@ -54,7 +54,7 @@ inline void {name}(
 # In the kernels that take a row's maximum, and the sum of its weights in place of that maximum.
 KEEP_NAN = {"std::max(": "max_propagate_nan<scalar_t>(", "val = tmp_sum;": "val = std::isnan(val) ? val : tmp_sum;"}
 
-CACHE_TAG = "flexprefill " + hashlib.sha256(f"{QUERY_KEY_PRODUCT}{KEEP_NAN}".encode()).hexdigest()[:16]
+_CACHE_TAG = "flexprefill " + hashlib.sha256(f"{_QUERY_KEY_PRODUCT}{KEEP_NAN}".encode()).hexdigest()[:16]
 
 
 def realize_on_cpu(insert: Callable[..., Node], x: Node, device: torch.device) -> Node:
@@ -81,7 +81,7 @@ def repaired_cpu_template() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for patch in repairs:
             stack.enter_context(patch)
-        stack.enter_context(compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag} {CACHE_TAG}"))
+        stack.enter_context(compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag} {_CACHE_TAG}"))
         yield
 
 
@@ -93,7 +93,7 @@ def _multiply_fast(define_products: Callable[[Any, str], str]) -> Callable[[Any,
         if self.input_dtype != torch.float32:
             return source
         slow = f"{kernel_name}_kernel_micro_gemm_transpose_b"
-        return source.replace(slow, f"{slow}_unused") + QUERY_KEY_PRODUCT.format(name=slow)
+        return source.replace(slow, f"{slow}_unused") + _QUERY_KEY_PRODUCT.format(name=slow)
 
     return define
 

@@ -19,13 +19,13 @@ from flexprefill_compile.torch_internals import is_flash_available
 # At 256 wide, blocks of 64 gain nothing over inductor's choice. PRESCALE_QK gains less than the spread, and rounds.
 
 # Above it, tiles of several pipeline stages outgrow the shared memory of a GPU.
-LARGEST_PIPELINED_ROW_BYTES = 512
-HOPPER, BLACKWELL = 9, 10
+_LARGEST_PIPELINED_ROW_BYTES = 512
+_HOPPER, _BLACKWELL = 9, 10
 # What flash-attn-4's kernels were seen to take: bfloat16, 128 wide, on Hopper. Its own lists say the rest.
-FLASH_CAPABILITIES = {"auto": (HOPPER,), "flash": (HOPPER, BLACKWELL)}
-FLASH_HEAD_DIMS = (64, 128)
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
-FLASH_BLOCK_SIZE = 128
+_FLASH_CAPABILITIES = {"auto": (_HOPPER,), "flash": (_HOPPER, _BLACKWELL)}
+_FLASH_HEAD_DIMS = (64, 128)
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
+_FLASH_BLOCK_SIZE = 128
 
 
 def choose_kernel_options(
@@ -52,15 +52,15 @@ def choose_kernel_options(
     row_bytes = max(key.shape[-1], value.shape[-1]) * key.element_size()
     tile = min(config.block_size, 128)
     capability = torch.cuda.get_device_capability(key.device)[0] if key.is_cuda else 0
-    if capability == HOPPER and tile >= 64 and row_bytes <= 256:
+    if capability == _HOPPER and tile >= 64 and row_bytes <= 256:
         options |= {"BLOCK_M": tile, "BLOCK_N": tile, "num_warps": tile // 16, "num_stages": 3, "USE_TMA": True}
         if row_bytes <= 128:
             options["num_warps"] = 4
-    elif capability == HOPPER and tile == 128 and row_bytes == 512 and key.element_size() == 2:
+    elif capability == _HOPPER and tile == 128 and row_bytes == 512 and key.element_size() == 2:
         options |= {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
     elif tile < 128:  # inductor's own choice of tiles assumes mask blocks of 128
         options |= {"BLOCK_M": tile, "BLOCK_N": tile}
-        if row_bytes > LARGEST_PIPELINED_ROW_BYTES:
+        if row_bytes > _LARGEST_PIPELINED_ROW_BYTES:
             options["num_stages"] = 1
     return options | own
 
@@ -77,13 +77,13 @@ def refuse_flash(
         "kernel_options are given, which are the Triton template's": wanted == "auto" and bool(config.kernel_options),
         f"device {query.device.type}": not query.is_cuda,
         "flash-attn-4 is not installed: pip install 'flexprefill-compile[flash]'": not is_flash_available(),
-        f"a GPU of compute capability {capability}": capability not in FLASH_CAPABILITIES.get(wanted, ()),
+        f"a GPU of compute capability {capability}": capability not in _FLASH_CAPABILITIES.get(wanted, ()),
         "a mask or bias other than causal": not is_plain,
-        f"block_size {config.block_size}, not {FLASH_BLOCK_SIZE}": config.block_size != FLASH_BLOCK_SIZE,
+        f"block_size {config.block_size}, not {_FLASH_BLOCK_SIZE}": config.block_size != _FLASH_BLOCK_SIZE,
         "max_budget, which narrows the tables": config.max_budget is not None,
-        f"dtype {query.dtype}": query.dtype not in FLASH_DTYPES,
-        f"head dimensions {sorted(head_dims)}, not one of {list(FLASH_HEAD_DIMS)}": (
-            len(head_dims) > 1 or not head_dims <= set(FLASH_HEAD_DIMS)
+        f"dtype {query.dtype}": query.dtype not in _FLASH_DTYPES,
+        f"head dimensions {sorted(head_dims)}, not one of {list(_FLASH_HEAD_DIMS)}": (
+            len(head_dims) > 1 or not head_dims <= set(_FLASH_HEAD_DIMS)
         ),
     }
     return next((reason for reason, holds in refusals.items() if holds), None)

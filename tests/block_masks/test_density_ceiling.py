@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from flexprefill_compile.backend import FlexPrefillBackend
 from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass
-from flexprefill_compile.settings import device_defaults as crossing
+from flexprefill_compile.settings import device_defaults
 from flexprefill_compile.settings.config import DensityCeiling, SparsePrefillConfig
-from flexprefill_compile.settings.device_defaults import settle_ceiling, settle_min_length
+from flexprefill_compile.settings.device_defaults import resolve_ceiling, resolve_min_length
 
 is_sparse = torch.ops.flexprefill.is_sparse
 attend_densely = torch.ops.flexprefill.attend_densely
@@ -108,7 +108,7 @@ def test_what_cannot_be_lowered_is_tried_without_it(monkeypatch: pytest.MonkeyPa
     def fail(*_: Any) -> None:
         raise NotImplementedError("no branches here")
 
-    monkeypatch.setattr("flexprefill_compile.passes.rewrite.attention.insert_choice", fail)
+    monkeypatch.setattr("flexprefill_compile.passes.rewrite.attention.insert_branches", fail)
     backend = FlexPrefillBackend()
     sparse = torch.compile(causal_attention, backend=backend, options=OPTIONS | {"gamma": 0.5, "max_density": 0.01})
     inputs = inputs_of(333, spread=1)
@@ -135,30 +135,32 @@ def test_caches_hold_both_ways_and_tell_them_apart() -> None:
 @pytest.fixture
 def gpu_input(monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """A tensor on an H200, as the backend sees one."""
-    monkeypatch.setattr(crossing, "name_device", lambda device: "NVIDIA H200" if device.type == "cuda" else "cpu")
-    monkeypatch.setattr(crossing, "read_crossings", dict)
+    monkeypatch.setattr(
+        device_defaults, "name_device", lambda device: "NVIDIA H200" if device.type == "cuda" else "cpu"
+    )
+    monkeypatch.setattr(device_defaults, "read_break_even_lengths", dict)
     with FakeTensorMode():
         return torch.empty(1, device="cuda")
 
 
 def test_long_prompts_on_a_gpu_have_one_unless_told(gpu_input: Tensor) -> None:
     def settle(has_cuda_graphs: bool = False, **options: Any) -> DensityCeiling | None:
-        return settle_ceiling(SparsePrefillConfig(**options), [gpu_input], has_cuda_graphs=has_cuda_graphs)
+        return resolve_ceiling(SparsePrefillConfig(**options), [gpu_input], has_cuda_graphs=has_cuda_graphs)
 
-    length = crossing.CEILING_FROM["NVIDIA H200"]
-    assert settle() == DensityCeiling(crossing.GPU_MAX_DENSITY, length, binds_flash=False)
+    length = device_defaults.CEILING_FROM["NVIDIA H200"]
+    assert settle() == DensityCeiling(device_defaults.GPU_MAX_DENSITY, length, binds_flash=False)
     assert settle(max_density=0.4) == DensityCeiling(0.4, 1)
     assert settle(max_density=1) is None
     assert settle(gamma=1) is None
     assert settle(has_cuda_graphs=True) is None
     assert settle(has_cuda_graphs=True, max_density=0.4) is None
-    assert settle_ceiling(SparsePrefillConfig(), [torch.empty(1)], has_cuda_graphs=False) is None
+    assert resolve_ceiling(SparsePrefillConfig(), [torch.empty(1)], has_cuda_graphs=False) is None
 
 
 def test_a_ceiling_that_was_asked_for_starts_where_it_is_free(gpu_input: Tensor) -> None:
     def min_length(**options: Any) -> int | None:
-        return settle_min_length(SparsePrefillConfig(**options), [gpu_input]).min_length
+        return resolve_min_length(SparsePrefillConfig(**options), [gpu_input]).min_length
 
-    assert min_length() == crossing.MEASURED["NVIDIA H200"]
-    assert min_length(max_density=0.4) == crossing.CEILING_FROM["NVIDIA H200"]
+    assert min_length() == device_defaults.MEASURED["NVIDIA H200"]
+    assert min_length(max_density=0.4) == device_defaults.CEILING_FROM["NVIDIA H200"]
     assert min_length(max_density=0.4, min_length=99) == 99

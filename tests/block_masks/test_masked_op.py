@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexprefill_compile.block_masks import record_densities
+from flexprefill_compile.block_masks.attention_inputs import SCORES_AT_ONCE
 from flexprefill_compile.block_masks.estimators.flexprefill.masked_representative import ScoreRule
-from flexprefill_compile.block_masks.estimators.flexprefill.representative import SCORES_AT_ONCE
 from flexprefill_compile.block_masks.layout import AttentionSizes
 from flexprefill_compile.block_masks.masked_prefill import select_masked_prefill_blocks
 from flexprefill_compile.block_masks.masks.facts import MaskFacts

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexprefill_compile.block_masks import create_prefill_block_mask
-from flexprefill_compile.block_masks.estimators.flexprefill.representative import SCORES_AT_ONCE
+from flexprefill_compile.block_masks.attention_inputs import SCORES_AT_ONCE
 from flexprefill_compile.block_masks.prefill import select_prefill_blocks
 from flexprefill_compile.settings.config import SparsePrefillConfig
 

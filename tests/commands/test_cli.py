@@ -1,51 +1,15 @@
-"""The command ``flexprefill``: the demo on a tiny model, and one sentence for each mistake."""
+"""The command ``flexprefill``: its table of commands, its extras, and one sentence for each mistake."""
 
 from __future__ import annotations
 
-import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 from helpers.command_line import one_sentence
 
-from flexprefill_compile.commands.cli import main
-from flexprefill_compile.commands.demo import Prefill, summarise
-from flexprefill_compile.report import AttentionShapes, RewriteReport, Skipped, SkipReason
-
-TEXT = "Everyone is permitted to copy and distribute verbatim copies of this license document.\n" * 20
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    file = tmp_path / "text.txt"
-    file.write_text(TEXT)
-    return file
-
-
-def test_the_demo_compares_dense_and_sparse(
-    model_folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["demo", "--model", str(model_folder), "--text", str(text_file), "--tokens", "300", "--rounds", "1"]
-    assert main(arguments) == 0
-    output = capsys.readouterr().out
-    assert "text.txt: 300 tokens" in output
-    assert re.search(r"attention calls rewritten\s+2 of 2", output)
-    for row in ("prefill", "compile", "perplexity", "top-1 agreement", "blocks computed, by layer"):
-        assert re.search(rf"^{row}\s.*\d", output, re.MULTILINE), row
-    assert "dense goes on:" in output
-    assert "sparse goes on:" in output
-
-
-def test_the_demo_says_why_attention_stayed_dense() -> None:
-    shapes = AttentionShapes("1x4x300x16", "1x2x300x16", "float32")
-    report = RewriteReport((Skipped("model.layers.0", shapes, SkipReason.NOT_CAUSAL),) * 2)
-    dense, sparse = (
-        Prefill(abs, first_s=2.0, times_s=[0.5], loss=1.0, predictions=torch.tensor([1, 2])) for _ in range(2)
-    )
-    summary = summarise(dense, sparse, report)
-    assert "left dense, 2 of 2: not causal" in summary
-    assert re.search(r"prefill\s+500.0 ms\s+500.0 ms\s+1.00x faster", summary)
+from flexprefill_compile.commands.cli import COMMANDS, main
 
 
 @pytest.mark.parametrize(
@@ -89,9 +53,29 @@ def test_a_count_must_be_a_whole_number(count: str, capsys: pytest.CaptureFixtur
     assert f"must be a whole number above 0, got '{count}'" in capsys.readouterr().err
 
 
-def test_without_the_extra_the_demo_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("command", "name"), [("demo", "the demo"), ("audit", "audit"), ("evaluate", "evaluate")])
+def test_without_the_extra_a_command_says_what_to_install(
+    command: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "flexprefill_compile.commands.demo", None)
-    assert main(["demo"]) == 2
-    assert "pip install 'flexprefill-compile[hf]'" in one_sentence(capsys)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main([command]) == 2
+    install = "pip install 'flexprefill-compile[hf]'"
+    assert one_sentence(capsys) == f"{name} needs rich.console, of the extra 'hf': {install}"
+
+
+def test_every_file_of_the_folder_is_a_command_of_the_table() -> None:
+    folder = Path(str(sys.modules[main.__module__].__file__)).parent
+    files = {file.stem.replace("_", "-") for file in folder.glob("*.py")} - {"--init--", "cli"}
+    assert files == set(COMMANDS)
+
+
+def test_the_package_runs_as_a_module_and_its_help_imports_no_extra() -> None:
+    run = "runpy.run_module('flexprefill_compile', run_name='__main__')"
+    probe = f"import runpy, sys\ntry: {run}\nfinally: print(*sys.modules)"
+    arguments = [sys.executable, "-c", probe, "--help"]
+    output = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    help_text, _, modules = output.rstrip().rpartition("\n")
+    assert help_text.startswith("usage: flexprefill ")
+    assert all(f"    {name}" in help_text for name in COMMANDS)
+    assert "flexprefill_compile.commands.cli" in modules.split()
+    assert not {"transformers", "rich", "matplotlib"} & set(modules.split())

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...attention_inputs import SCORES_AT_ONCE, apply_softcap
 from ...layout import take_blocks
 from ...masks.facts import MaskFacts
-from ...segments import Runs, logsumexp_runs, sum_runs
-from .representative import SCORES_AT_ONCE, RepresentativeAttention, sum_diagonals
+from ...segments import Segments, logsumexp_segments, sum_segments
+from .representative import RepresentativeAttention, sum_diagonals
 
 
 class ScoreRule(NamedTuple):
@@ -30,7 +31,7 @@ class ScoreRule(NamedTuple):
 
     def cap(self, scores: Tensor) -> Tensor:
         """Apply the softcap, in place, to scores that are scaled."""
-        return scores if self.softcap is None else scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        return apply_softcap(scores, self.softcap)
 
 
 class MaskedAttention(NamedTuple):
@@ -49,7 +50,7 @@ class MaskedAttention(NamedTuple):
 
 
 def compute_masked_attention(
-    query: Tensor, key: Tensor, facts: MaskFacts, rule: ScoreRule, runs: Runs | None, dtype: torch.dtype
+    query: Tensor, key: Tensor, facts: MaskFacts, rule: ScoreRule, segments: Segments | None, dtype: torch.dtype
 ) -> MaskedAttention:
     """Pool softmax(Q^ K^T) of each sequence onto its key blocks and block diagonals.
 
@@ -61,7 +62,7 @@ def compute_masked_attention(
         key: (B, Hkv, K, D).
         facts: Of the mask.
         rule: From q.k to scores.
-        runs: The blocks of each packed sequence, (B|1, 1, num_k_blocks); None is one sequence a row of the batch.
+        segments: The blocks of each packed sequence, (B|1, 1, num_k_blocks); None is one sequence a row of the batch.
         dtype: The dtype of the computation.
 
     Source: FlexPrefill, Algorithm 3, with diagonals pooled onto blocks by their shares.
@@ -71,8 +72,8 @@ def compute_masked_attention(
         [scores.logsumexp(-1).flatten(1, 2) for _, scores in _stream_scores(query, key, facts, rule, dtype)], dim=2
     )
     row_sees = facts.row_mask.any(-1)
-    runs_of_rows = None if runs is None else Runs(runs.first.unsqueeze(1), runs.last.unsqueeze(1))
-    log_total = logsumexp_runs(log_sums.mT, runs_of_rows).mT
+    segments_of_rows = None if segments is None else Segments(segments.first.unsqueeze(1), segments.last.unsqueeze(1))
+    log_total = logsumexp_segments(log_sums.mT, segments_of_rows).mT
     # A row that sees nothing: its scores are -inf and stay so.
     log_total = log_total.masked_fill(log_total == -torch.inf, 0).expand_as(log_sums).unflatten(1, heads)
 
@@ -81,9 +82,9 @@ def compute_masked_attention(
         mass = scores.sub_(log_total[..., blocks, :].unsqueeze(-1)).exp_()
         columns.append(mass.sum((-2, -1)).flatten(1, 2))
         anti_diagonals.append(sum_diagonals(mass).flatten(1, 2))
-    diagonals = _pool_anti_diagonals(torch.cat(anti_diagonals, dim=2), facts, is_packed=runs is not None)
+    diagonals = _pool_anti_diagonals(torch.cat(anti_diagonals, dim=2), facts, is_packed=segments is not None)
     return MaskedAttention(
-        RepresentativeAttention(_normalise(torch.cat(columns, dim=2), runs), _normalise(diagonals, runs)),
+        RepresentativeAttention(_normalise(torch.cat(columns, dim=2), segments), _normalise(diagonals, segments)),
         is_seen=row_sees.any(-1),
         is_finite=(log_sums.isfinite() | ~row_sees).all(-1).all(-1),
     )
@@ -179,7 +180,7 @@ def clamp_diagonals(diagonal: Tensor, first_block: Tensor, last_block: Tensor) -
     return (first_block + diagonal.clamp(min=0)).minimum(last_block)
 
 
-def _normalise(mass: Tensor, runs: Runs | None) -> Tensor:
-    """Make each run sum to 1, or to 0 where it does."""
-    total = sum_runs(mass, runs)
+def _normalise(mass: Tensor, segments: Segments | None) -> Tensor:
+    """Make each segment sum to 1, or to 0 where it does."""
+    total = sum_segments(mass, segments)
     return mass / total.masked_fill(total == 0, 1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.special import entr
 
-from ...segments import Runs, logsumexp_runs, sum_runs
+from ...segments import Segments, logsumexp_segments, sum_segments
 
 
 def is_query_aware(
@@ -34,7 +34,7 @@ def measure_distance(pooled_queries: Tensor, pooled_key: Tensor, true_columns: T
 
 
 def is_masked_query_aware(
-    logits: Tensor, is_seen: Tensor, true_columns: Tensor, tau: float, runs: Runs | None
+    logits: Tensor, is_seen: Tensor, true_columns: Tensor, tau: float, segments: Segments | None
 ) -> Tensor:
     """Tell the same of each sequence under a mask.
 
@@ -43,19 +43,19 @@ def is_masked_query_aware(
         is_seen: (B|1, H|1, num_k_blocks) bool, whether the representative queries see anything of the block.
         true_columns: (B, H, num_k_blocks), their attention; sums to 1 over the blocks of a sequence.
         tau: Largest distance that is trusted.
-        runs: The blocks of each packed sequence; None is one sequence a row of the batch.
+        segments: The blocks of each packed sequence; None is one sequence a row of the batch.
 
     Returns:
-        (B, H, 1) bool, or (B, H, num_k_blocks) with runs.
+        (B, H, 1) bool, or (B, H, num_k_blocks) with segments.
     """
-    return measure_masked_distance(logits, is_seen, true_columns, runs) < tau
+    return measure_masked_distance(logits, is_seen, true_columns, segments) < tau
 
 
-def measure_masked_distance(logits: Tensor, is_seen: Tensor, true_columns: Tensor, runs: Runs | None) -> Tensor:
+def measure_masked_distance(logits: Tensor, is_seen: Tensor, true_columns: Tensor, segments: Segments | None) -> Tensor:
     """Return the distance of each sequence, arguments and shape as in ``is_masked_query_aware``."""
     logits = logits.masked_fill(~is_seen, -torch.inf)
-    estimated_columns = (logits - logsumexp_runs(logits, runs)).exp().masked_fill(~is_seen, 0)
-    return compute_js_distances(estimated_columns, true_columns, runs)
+    estimated_columns = (logits - logsumexp_segments(logits, segments)).exp().masked_fill(~is_seen, 0)
+    return compute_js_distances(estimated_columns, true_columns, segments)
 
 
 def compute_js_distance(p: Tensor, q: Tensor) -> Tensor:
@@ -63,10 +63,13 @@ def compute_js_distance(p: Tensor, q: Tensor) -> Tensor:
     return compute_js_distances(p, q, None).squeeze(-1)
 
 
-def compute_js_distances(p: Tensor, q: Tensor, runs: Runs | None) -> Tensor:
-    """Return the distance of each run: (..., N) to (..., 1) for one run a row, else to (..., N).
+def compute_js_distances(p: Tensor, q: Tensor, segments: Segments | None) -> Tensor:
+    """Return the distance of each segment: (..., N) to (..., 1) for one segment a row, else to (..., N).
 
     Written as entropies, where a bin of zero mass counts as zero instead of NaN.
     """
-    divergence = sum_runs(entr((p + q) / 2), runs) - (sum_runs(entr(p), runs) + sum_runs(entr(q), runs)) / 2
+    divergence = (
+        sum_segments(entr((p + q) / 2), segments)
+        - (sum_segments(entr(p), segments) + sum_segments(entr(q), segments)) / 2
+    )
     return torch.sqrt(divergence.clamp(min=0))

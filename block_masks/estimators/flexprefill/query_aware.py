@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...gammas import Share
-from ...segments import Runs
+from ...segments import Segments
 from ...select import select_cumulative
 
 
@@ -33,7 +33,7 @@ def select_query_aware(
 
 
 def select_masked_query_aware(
-    logits: Tensor, candidates: Tensor, gamma: Share, runs: Runs | None
+    logits: Tensor, candidates: Tensor, gamma: Share, segments: Segments | None
 ) -> tuple[Tensor, Tensor]:
     """Select the fewest blocks of each sequence whose estimated attention reaches gamma.
 
@@ -41,7 +41,7 @@ def select_masked_query_aware(
         logits: (B, H, num_q_blocks, num_k_blocks), scores of mean queries with mean keys; overwritten.
         candidates: (B|1, H|1, num_q_blocks, num_k_blocks) bool, the blocks that may be selected.
         gamma: Share to reach, one number or (H, 1).
-        runs: The row blocks of each packed sequence; None is one sequence a row of the batch.
+        segments: The row blocks of each packed sequence; None is one sequence a row of the batch.
 
     Returns:
         As ``select_query_aware``.
@@ -50,8 +50,8 @@ def select_masked_query_aware(
     # A row without candidates.
     attention = attention.masked_fill_(~candidates.any(-1, keepdim=True), 0)
     num_rows, num_columns = attention.shape[-2:]
-    if runs is not None:
-        first, last = runs.first * num_columns, (runs.last + 1) * num_columns - 1
-        runs = Runs(first.repeat_interleave(num_columns, -1), last.repeat_interleave(num_columns, -1))
-    selected: Tensor = select_cumulative(attention.flatten(-2), gamma, runs).unflatten(-1, (num_rows, num_columns))
+    if segments is not None:
+        first, last = segments.first * num_columns, (segments.last + 1) * num_columns - 1
+        segments = Segments(first.repeat_interleave(num_columns, -1), last.repeat_interleave(num_columns, -1))
+    selected: Tensor = select_cumulative(attention.flatten(-2), gamma, segments).unflatten(-1, (num_rows, num_columns))
     return selected, attention

@@ -7,10 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...attention_inputs import SCORES_AT_ONCE
 from ...layout import sum_blocks
-
-# How many scores are held at once: what fits a CPU's cache, what fills a GPU.
-SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
 
 
 class RepresentativeAttention(NamedTuple):

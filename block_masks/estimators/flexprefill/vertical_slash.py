@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...gammas import Share
-from ...segments import Runs
+from ...segments import Segments
 from ...select import select_cumulative
 from .representative import RepresentativeAttention
 
@@ -26,7 +26,7 @@ def select_vertical_slash(attention: RepresentativeAttention, gamma: Share) -> t
 
 
 def select_masked_vertical_slash(
-    attention: RepresentativeAttention, slots: Tensor, gamma: Share, runs: Runs | None
+    attention: RepresentativeAttention, slots: Tensor, gamma: Share, segments: Segments | None
 ) -> tuple[Tensor, Tensor]:
     """Select the same of each sequence under a mask.
 
@@ -34,7 +34,7 @@ def select_masked_vertical_slash(
         attention: Columns (B, H, num_k_blocks) and diagonals (B, H, num_slots).
         slots: (B|1, num_q_blocks, num_k_blocks) int64, which entry of the diagonals is a block's.
         gamma: Share to reach, one number or (H, 1).
-        runs: The blocks, and so the slots, of each packed sequence; None is one sequence a row of the batch.
+        segments: The blocks, and so the slots, of each packed sequence; None is one sequence a row of the batch.
 
     Returns:
         As ``select_vertical_slash``, (B, H, num_q_blocks, num_k_blocks); entries off the mask mean nothing.
@@ -45,8 +45,8 @@ def select_masked_vertical_slash(
         rows = diagonals.unsqueeze(-2).expand(*shape[:3], -1)
         return rows.gather(-1, slots.unsqueeze(1).expand(shape))
 
-    columns = select_cumulative(attention.columns, gamma, runs).unsqueeze(-2)
-    diagonals = spread(select_cumulative(attention.diagonals, gamma, runs))
+    columns = select_cumulative(attention.columns, gamma, segments).unsqueeze(-2)
+    diagonals = spread(select_cumulative(attention.diagonals, gamma, segments))
     score = torch.maximum(attention.columns.unsqueeze(-2), spread(attention.diagonals))
     return columns | diagonals, score
 

@@ -1,1 +1,1 @@
-"""The paper's estimator as Triton kernels."""
+"""Selection by Triton kernels, from inputs or an estimator's scores to tables: each kernel stands beside its launch."""

@@ -1,1 +1,1 @@
-"""What the benchmarks attend over."""
+"""What the benchmarks attend over: queries, keys and values, one file a kind."""

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexprefill_compile.block_masks.estimators.flexprefill.representative import SCORES_AT_ONCE
+from flexprefill_compile.block_masks.attention_inputs import SCORES_AT_ONCE
 from flexprefill_compile.block_masks.layout import sum_blocks, unpack_blocks
-from flexprefill_compile.block_masks.observing import ObservedAttention
+from flexprefill_compile.block_masks.observed_attention import ObservedAttention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def measure_call(call: ObservedAttention, block_size: int) -> CallMeasurement:
     return CallMeasurement(
         recall=recall.cpu(),
         error=(totals[:, 0] / totals[:, 1]).sqrt().cpu(),
-        density=measure_density(call).mean(0).cpu(),
+        density=_measure_density(call).mean(0).cpu(),
         is_counted=is_counted.cpu(),
         picture=BlockPicture(
             call.name, worst, call.rows.cpu(), attention[0, worst].cpu(), selected[0, worst].cpu(), block_size
@@ -110,7 +110,7 @@ def measure_call(call: ObservedAttention, block_size: int) -> CallMeasurement:
     )
 
 
-def measure_density(call: ObservedAttention) -> Tensor:
+def _measure_density(call: ObservedAttention) -> Tensor:
     """Return the share computed of the blocks that dense attention would compute, (B, H)."""
     computed = (call.tables.kv_num_blocks + call.tables.full_kv_num_blocks).sum(-1)
     if call.facts is not None:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from flexprefill_compile.block_masks import create_prefill_block_mask
-from flexprefill_compile.block_masks.observing import ObservedAttention
+from flexprefill_compile.block_masks.observed_attention import ObservedAttention
 from flexprefill_compile.passes.layer_config import config_for_layer, number_layer
 
 from ...settings.config import SparsePrefillConfig, split_options
 from ...torch_internals import inductor_option_names
+from ..model_prefill import Model, Prompt, prefill_dense
 from ..predictions import compare_predictions
-from ..prefill import Model, Prompt, prefill_dense
 from .attention_call import BlockPicture, CallMeasurement, measure_call
 from .observe import prefill_observed
 from .pattern import find_patterns

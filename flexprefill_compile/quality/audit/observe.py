@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flexprefill_compile.block_masks.observing import Observer, observe_attention
+from flexprefill_compile.block_masks.observed_attention import Observer, observe_attention
 
 from ...backend import FlexPrefillBackend
-from ..prefill import Model, Prompt, SparsePrefill, prefill_sparse
+from ..model_prefill import Model, Prompt, SparsePrefill, prefill_sparse
 
 
 def prefill_observed(

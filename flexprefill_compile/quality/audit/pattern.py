@@ -5,19 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexprefill_compile.block_masks.estimators.flexprefill.masked_choose import list_runs
+from flexprefill_compile.block_masks.attention_inputs import SCORES_AT_ONCE
 from flexprefill_compile.block_masks.estimators.flexprefill.masked_representative import (
     average_rows,
     compute_masked_attention,
 )
+from flexprefill_compile.block_masks.estimators.flexprefill.masked_selection import list_segments
 from flexprefill_compile.block_masks.estimators.flexprefill.patterns import measure_distance, measure_masked_distance
-from flexprefill_compile.block_masks.estimators.flexprefill.representative import (
-    SCORES_AT_ONCE,
-    compute_representative_attention,
-)
+from flexprefill_compile.block_masks.estimators.flexprefill.representative import compute_representative_attention
 from flexprefill_compile.block_masks.layout import pool_blocks, pool_counted_blocks
 from flexprefill_compile.block_masks.masks.facts import MaskFacts
-from flexprefill_compile.block_masks.observing import ObservedAttention
+from flexprefill_compile.block_masks.observed_attention import ObservedAttention
 
 from ...settings.config import SparsePrefillConfig
 
@@ -60,14 +58,14 @@ def _measure(call: ObservedAttention, block_size: int) -> tuple[Tensor, Tensor]:
 
 def _measure_masked(call: ObservedAttention, facts: MaskFacts, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor]:
     """Measure under a mask; a packed sequence counts by its blocks."""
-    rule, runs = call.rule, list_runs(facts)
+    rule, segments = call.rule, list_segments(facts)
     at_once = SCORES_AT_ONCE[call.query.device.type]
     pooled_key = pool_counted_blocks(call.key, facts.key_counts, dtype, at_once).repeat_interleave(group, dim=1)
     mean = average_rows(call.query, facts.rows, dtype)
     logits = rule.cap((mean * pooled_key).sum(-1).mul_(rule.scale))
-    attention = compute_masked_attention(call.query, call.key, facts, rule, runs, dtype)
-    distances = measure_masked_distance(logits, attention.is_seen, attention.pooled.columns, runs)
+    attention = compute_masked_attention(call.query, call.key, facts, rule, segments, dtype)
+    distances = measure_masked_distance(logits, attention.is_seen, attention.pooled.columns, segments)
     weights = facts.key_counts.any(-1).to(dtype).unsqueeze(1)
-    if runs is None:
+    if segments is None:
         weights = weights.amax(-1, keepdim=True)
     return distances, weights.expand(distances.shape[0], 1, distances.shape[2])

@@ -1,17 +1,18 @@
-"""The pictures of an audit: layers by heads, the blocks of the worst heads, density by prompt length."""
+"""The pictures of an audit: layers by heads, the blocks of the worst heads, density by prompt length.
+
+This module needs matplotlib: without it, its import raises ``UsageError``, which says what to install.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ...errors import UsageError
 from .attention_call import BlockPicture
-
-if TYPE_CHECKING:
-    from .report import AuditReport
+from .report import AuditReport
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,13 +22,13 @@ try:
 except ModuleNotFoundError as error:
     raise UsageError(f"plots need {error.name}, of the extra 'plot': pip install 'flexprefill-compile[plot]'") from None
 
-PICTURES = 4
+_PICTURES = 4
 # Attention less than this is drawn as nothing.
-LEAST_SHARE = 1e-4
+_LEAST_SHARE = 1e-4
 
 
-def save_plots(report: AuditReport, folder: Path) -> list[Path]:
-    """Draw a report into a folder, made if need be.
+def save_plots(report: AuditReport, folder: str | Path) -> list[Path]:
+    """Draw a report into a folder, made if need be; needs matplotlib, the extra "plot".
 
     Returns:
         The files: heads.png, blocks.png, and length.png if the density of shorter prompts was measured.
@@ -35,6 +36,7 @@ def save_plots(report: AuditReport, folder: Path) -> list[Path]:
     Raises:
         UsageError: The folder can't be written.
     """
+    folder = Path(folder)
     figures = {"heads.png": draw_heads(report)}
     if report.pictures:
         figures["blocks.png"] = draw_blocks(report)
@@ -69,7 +71,7 @@ def draw_heads(report: AuditReport) -> Figure:
 
 def draw_blocks(report: AuditReport) -> Figure:
     """Draw where the heads of least recall look: in blue what is computed, in red what is left out."""
-    pictures = sorted(report.pictures, key=lambda picture: _recall(report, picture))[:PICTURES]
+    pictures = sorted(report.pictures, key=lambda picture: _recall(report, picture))[:_PICTURES]
     figure = _create_figure(11, 5 * ((len(pictures) + 1) // 2))
     for axes, picture in zip(figure.subplots(-(-len(pictures) // 2), 2, squeeze=False).flat, pictures, strict=False):
         _draw_picture(figure, axes, picture, _recall(report, picture))
@@ -107,8 +109,8 @@ def _draw_picture(figure: Figure, axes: Any, picture: BlockPicture, recall: floa
     last_row, num_blocks = int(picture.rows[-1]) + 1, picture.attention.shape[1]
     extent = (0, num_blocks * picture.block_size, last_row, 0)
     placing: dict[str, Any] = {"extent": extent, "aspect": "auto", "interpolation": "nearest"}
-    drawn = picture.attention >= LEAST_SHARE
-    norm = LogNorm(LEAST_SHARE, 1)
+    drawn = picture.attention >= _LEAST_SHARE
+    norm = LogNorm(_LEAST_SHARE, 1)
     for is_shown, colours, label in (
         (~picture.is_selected, "Reds", "attention of a block left out"),
         (picture.is_selected, "Blues", "attention of a block computed"),

@@ -1,4 +1,4 @@
-"""What an audit found, as data: a table by ``str()``, JSON, pictures."""
+"""What an audit found, as data: a table by ``str()``, and JSON."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from ...report import format_table
+from ...text_table import format_table
 from ..predictions import PredictionComparison
 from .attention_call import BlockPicture
 
-WORST_HEADS = 8
-FIGURES = ("JS distance", "density", "recall", "p10", "worst row", "error")
+_WORST_HEADS = 8
+_FIGURES = ("JS distance", "density", "recall", "p10", "worst row", "error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,19 +129,6 @@ class AuditReport:
         )
         return cls(**fields)
 
-    def save_plots(self, folder: str | Path) -> list[Path]:
-        """Draw the report into a folder, made if need be; needs matplotlib, the extra "plot".
-
-        Returns:
-            The files written.
-
-        Raises:
-            UsageError: matplotlib is not there, or the folder can't be written.
-        """
-        from .plots import save_plots  # noqa: PLC0415  (imports matplotlib)
-
-        return save_plots(self, Path(folder))
-
     def _summarise(self) -> str:
         predictions = self.predictions
         prompts = "" if self.num_prompts == 1 else f" in each of {self.num_prompts} prompts"
@@ -171,16 +157,16 @@ class AuditReport:
             )
             for call in self.calls
         ]
-        return format_table(("attention call", "patterns", *FIGURES), rows)
+        return format_table(("attention call", "patterns", *_FIGURES), rows)
 
     def _tabulate_worst_heads(self) -> str:
         heads = [(call, number, head) for call in self.calls for number, head in enumerate(call.heads)]
         heads.sort(key=lambda entry: entry[2].recall_mean)
         rows = [
             (f"{call.name} head {number}", head.pattern, *_format_figures(partial(getattr, head), head.recall_worst))
-            for call, number, head in heads[:WORST_HEADS]
+            for call, number, head in heads[:_WORST_HEADS]
         ]
-        return format_table(("heads of least recall", "pattern", *FIGURES), rows)
+        return format_table(("heads of least recall", "pattern", *_FIGURES), rows)
 
 
 def _format_figures(get: Callable[[str], float | None], worst_row: float) -> list[str]:

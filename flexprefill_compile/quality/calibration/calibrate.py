@@ -15,11 +15,11 @@ from ...settings.config import SparsePrefillConfig
 from ...settings.policy import LayerPolicy, ModelShape, Policy
 from .additive_model import Levels
 from .ladder import Measurement, Search
-from .measure import TextMeasurer
-from .run_log import RunLog, describe_code, describe_inputs, hash_of
+from .measurement_log import MeasurementLog, describe_code, describe_inputs, hash_of
+from .text_measurer import TextMeasurer
 
 # gamma and min_budget of each rung, cheap ones first; dense attention is the rung above them.
-RUNGS = (
+_RUNGS = (
     *((0.7, 128), (0.8, 256), (0.9, 256), (0.9, 512)),
     *((0.95, 512), (0.95, 1024), (0.98, 1024), (0.99, 2048)),
 )
@@ -54,7 +54,7 @@ def calibrate(
     *,
     max_loss_increase: float = 0.01,
     config: SparsePrefillConfig = SparsePrefillConfig(estimator="auto"),
-    rungs: Sequence[tuple[float, int]] = RUNGS,
+    rungs: Sequence[tuple[float, int]] = _RUNGS,
     layers_at_once: int = 1,
     max_runs: int = 100,
     runs_path: Path | None = None,
@@ -62,8 +62,8 @@ def calibrate(
 ) -> Calibration:
     """Find the cheapest settings by layer that keep the perplexity of some texts within a bound.
 
-    The model runs uncompiled, once a text for each measurement; ``quality/ladder.py`` says how it searches. What is
-    returned has been measured as a whole on these texts: it says nothing sure of others.
+    The model runs uncompiled, once a text for each measurement; ``ladder.py`` says how it searches. What is returned
+    was measured as a whole on these texts: it says nothing sure of others.
 
     Args:
         model: A Hugging Face causal language model with SDPA attention, in inference.
@@ -92,7 +92,7 @@ def calibrate(
         *(LayerPolicy(gamma=gamma, min_budget=budget, estimator=str(config.estimator)) for gamma, budget in rungs),
         LayerPolicy(dense=True),
     ]
-    log = RunLog(runs_path)
+    log = MeasurementLog(runs_path)
     inputs = [*describe_inputs(model, list(texts)), list(config.selection), describe_code()]
 
     def measure(levels: Levels) -> Measurement:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexprefill_compile.block_masks.estimators.flexprefill import representative
+from flexprefill_compile.block_masks.attention_inputs import SCORES_AT_ONCE
 from flexprefill_compile.block_masks.estimators.flexprefill.patterns import is_query_aware
 from flexprefill_compile.block_masks.estimators.flexprefill.reference import HeadSelection, select_head
 from flexprefill_compile.block_masks.prefill import select_prefill_blocks
@@ -81,7 +81,7 @@ def test_random_heads_select_what_the_oracle_selects(
     at_once: int,
 ) -> None:
     query, key = random_qk(seed, batch, *num_heads, length, head_dim, spread=spread)
-    with mock.patch.dict(representative.SCORES_AT_ONCE, cpu=at_once):
+    with mock.patch.dict(SCORES_AT_ONCE, cpu=at_once):
         assert_equals_oracle(query, key, head_dim**-0.5 if scale is None else scale, config)
 
 
@@ -109,7 +109,7 @@ def test_structured_heads_select_what_the_oracle_selects(
     query, key = structured_qk(
         seed, batch, *num_heads, length, head_dim, block_size=config.block_size, strength=strength
     )
-    with mock.patch.dict(representative.SCORES_AT_ONCE, cpu=at_once):
+    with mock.patch.dict(SCORES_AT_ONCE, cpu=at_once):
         assert_equals_oracle(query, key, head_dim**-0.5, config)
 
 
@@ -146,7 +146,7 @@ def test_rows_of_a_batch_are_independent(make: object) -> None:
     query, key = make(3, 3, 5, 1, 251, 32)
     config = SparsePrefillConfig(gamma=0.9, min_budget=32, max_budget=96, block_size=16)
     # Few at once, so that a batch is cut into chunks of other sizes than its rows alone.
-    with mock.patch.dict(representative.SCORES_AT_ONCE, cpu=20_000):
+    with mock.patch.dict(SCORES_AT_ONCE, cpu=20_000):
         together = select_prefill_blocks(query, key, None, 0.2, config)
         for row in range(3):
             alone = select_prefill_blocks(query[row : row + 1], key[row : row + 1], None, 0.2, config)

@@ -19,9 +19,9 @@ from flexprefill_compile.settings.config import SparsePrefillConfig
 triton_kernels = pytest.importorskip(
     "flexprefill_compile.block_masks.kernels.flexprefill.select", reason="needs Triton"
 )
-triton_choice, triton_maps, triton_patterns = (
+map_thresholds, patterns = (
     importlib.import_module(f"flexprefill_compile.block_masks.kernels.flexprefill.{name}")
-    for name in ("choice", "maps", "patterns")
+    for name in ("find_map_thresholds", "choose_patterns")
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies the bits of bfloat16 numbers as if they were integers.
@@ -35,7 +35,7 @@ def select_by_kernels(
     query: Tensor, key: Tensor, value: Tensor | None, scale: float, config: SparsePrefillConfig, width: int
 ) -> Tensor:
     """Return the blocks of the tables, (B, H, N, N) bool, after checking the tables themselves."""
-    tables = triton_kernels.select_prefill_tables(query, key, value, scale, config, width)
+    tables = triton_kernels.select_tables(query, key, value, scale, config, width)
     num_blocks = tables.kv_num_blocks.shape[-1]
     assert all(table.dtype == torch.int32 for table in tables)
     assert tables.kv_indices.shape[-1] == tables.full_kv_indices.shape[-1] == width
@@ -98,8 +98,8 @@ def test_inputs_of_any_strides() -> None:
 
 
 def test_large_maps_are_searched_by_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_choice, "MOST_BLOCKS_HELD", 4)
-    monkeypatch.setattr(triton_choice, "MAPS_AT_ONCE_BYTES", 1)  # one head at a time
+    monkeypatch.setattr(triton_kernels, "MOST_BLOCKS_HELD", 4)
+    monkeypatch.setattr(triton_kernels, "MAPS_AT_ONCE_BYTES", 1)  # one head at a time
     config = SparsePrefillConfig(gamma=0.8, tau=1, min_budget=0, block_size=16)
     selected = assert_same_blocks(*random_qk(3, 1, 2, 1, 150, 16, spread=4, dtype=torch.float32), None, config)
     assert selected.sum() < 0.9 * 2 * 55, "the scenario: not every block is needed"
@@ -122,7 +122,7 @@ def test_heads_that_are_not_finite(poison: float, max_budget: int | None, poison
 def test_each_head_has_its_own_gamma_and_the_last_rows_are_dense(
     monkeypatch: pytest.MonkeyPatch, tau: float, most_blocks_held: int, max_budget: int | None
 ) -> None:
-    monkeypatch.setattr(triton_choice, "MOST_BLOCKS_HELD", most_blocks_held)
+    monkeypatch.setattr(triton_kernels, "MOST_BLOCKS_HELD", most_blocks_held)
     query, key = structured_qk(0, 1, 4, 2, 100, 16, block_size=16, dtype=torch.float32)
     gammas = (0.4, 1.0, 0.9, 0.7)
     config = SparsePrefillConfig(
@@ -147,9 +147,9 @@ def test_thresholds_of_exact_masses_reach_gamma_with_the_fewest_entries(
     gamma = [0.125, 0.5, 0.75, 0.890625, 0.984375][seed]
     mass = mass.to(DEVICE)
     threshold, last_tie = torch.empty(2, device=DEVICE), torch.empty(2, dtype=torch.int32, device=DEVICE)
-    pattern = torch.full((1,), triton_patterns.QUERY_AWARE.value, dtype=torch.int32, device=DEVICE)
+    pattern = torch.full((1,), patterns.QUERY_AWARE.value, dtype=torch.int32, device=DEVICE)
     sizes = {"ROWS": 16, "COLUMNS": 32, "HAS_GAMMAS": False}
-    triton_maps.find_map_thresholds[(1,)](
+    map_thresholds.find_map_thresholds[(1,)](
         mass, pattern, threshold, last_tie, mass, gamma, 0, num_blocks, 1, **sizes, num_warps=4
     )
     place = torch.arange(num_blocks**2, device=DEVICE).view_as(mass)

@@ -13,15 +13,18 @@ import torch
 from helpers.inputs import random_qk
 from torch import Tensor
 
-from flexprefill_compile.block_masks.estimators import fused_shares
+from flexprefill_compile.block_masks.estimators import inputs as estimator_inputs
+from flexprefill_compile.block_masks.estimators import xattention
 from flexprefill_compile.block_masks.estimators.inputs import EstimatorInputs
-from flexprefill_compile.block_masks.estimators.table import score_blocks
+from flexprefill_compile.block_masks.estimators.table import ESTIMATORS
 from flexprefill_compile.block_masks.estimators.xattention import score_antidiagonals
 from flexprefill_compile.block_masks.layout import count_blocks, create_causal_grid, unpack_blocks
 from flexprefill_compile.block_masks.prefill import select_prefill_blocks
 from flexprefill_compile.settings.config import SparsePrefillConfig
 
-triton_shares = pytest.importorskip("flexprefill_compile.block_masks.kernels.shares", reason="needs Triton")
+triton_shares = pytest.importorskip(
+    "flexprefill_compile.block_masks.kernels.block_shares.shares", reason="needs Triton"
+)
 triton_kernels = pytest.importorskip(
     "flexprefill_compile.block_masks.kernels.flexprefill.select", reason="needs Triton"
 )
@@ -47,7 +50,8 @@ def share(name: str, inputs: EstimatorInputs, number: int, monkeypatch: pytest.M
     actual = getattr(triton_shares, name)(inputs, number)
     exact = dataclasses.replace(inputs, query=inputs.query.double(), key=inputs.key.double())
     with monkeypatch.context() as patched:
-        patched.setattr(fused_shares, "_try", lambda *_: None)
+        patched.setattr(estimator_inputs, "share_rows", lambda *_: None)
+        patched.setattr(xattention, "share_antidiagonals", lambda *_: None)
         return actual, PLAIN[name](exact, number)
 
 
@@ -112,7 +116,9 @@ def test_tables_are_those_of_plain_pytorch(settings: dict[str, Any], poison: flo
         value[0, 1, 70, 3] = poison
     config = SparsePrefillConfig(**({"min_budget": 0, "block_size": 16, "estimator": "sampled"} | settings))
     inputs = make_inputs(query, key, 16)
-    tables = triton_kernels.select_scored_tables(query, key, value, score_blocks(inputs, config), config, 10)
+    score = ESTIMATORS["sampled"].score
+    assert score is not None
+    tables = triton_kernels.select_scored_tables(query, key, value, score(inputs), config, 10)
     selected = unpack_blocks(*tables[:2], 10) | unpack_blocks(*tables[2:], 10)
     expected = select_prefill_blocks(query, key, value, inputs.scale, config)
     assert torch.equal(selected, expected)

@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers.mask_graphs import Mask, classify_by_pairs, materialise, trace_mask
+from helpers.lifting.mask_graphs import (
+    Mask,
+    assert_exact,
+    assert_sound,
+    classify,
+    classify_by_pairs,
+    materialise,
+    trace_mask,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,7 +26,6 @@ from torch.nn.attention.flex_attention import create_block_mask
 from flexprefill_compile.block_masks.layout import AttentionSizes
 from flexprefill_compile.block_masks.masks.intervals import BlockBounds, classify_blocks
 
-CPU = torch.device("cpu")
 BATCH, HEADS = 2, 2
 
 
@@ -87,20 +94,6 @@ def conjunction(case: Case, names: list[str]) -> Mask:
         return result
 
     return mask
-
-
-def classify(mask: Mask, captures: tuple[Any, ...], sizes: AttentionSizes, block_size: int) -> BlockBounds:
-    return classify_blocks(trace_mask(mask, *captures), captures, sizes, block_size, CPU)
-
-
-def assert_sound(bounds: BlockBounds, expected: BlockBounds) -> None:
-    assert (bounds.certain <= expected.certain).all(), "a block called full isn't"
-    assert (bounds.possible >= expected.possible).all(), "a block called empty isn't"
-
-
-def assert_exact(bounds: BlockBounds, expected: BlockBounds) -> None:
-    assert torch.equal(bounds.certain.expand_as(expected.certain), expected.certain)
-    assert torch.equal(bounds.possible.expand_as(expected.possible), expected.possible)
 
 
 @settings(deadline=None, max_examples=150)
@@ -195,127 +188,6 @@ def test_sizes_of_indices_that_a_mask_ignores_are_one() -> None:
     assert every_block.possible.shape == (3, 1, *shape)
     assert every_block.certain.all((-3, -2, -1)).tolist() == [False, True, True]
     assert classify(lambda b, h, q, k: torch.ones((), dtype=torch.bool), (), sizes, 8).certain.shape == (1, 1, *shape)
-
-
-LEAVES: list[Term] = [
-    lambda q, k, bias, rows, number: q,
-    lambda q, k, bias, rows, number: k,
-    lambda q, k, bias, rows, number: q - k,
-    lambda q, k, bias, rows, number: bias[q],
-    lambda q, k, bias, rows, number: bias[k],
-    lambda q, k, bias, rows, number: rows[k],
-    lambda q, k, bias, rows, number: number,
-]
-NUMBERS: list[Term] = [
-    torch.add,
-    torch.sub,
-    torch.mul,
-    torch.minimum,
-    torch.maximum,
-    lambda x, y: torch.where(x > y, x, y + 1),
-    lambda x, y: (x - y).abs(),
-    lambda x, y: -x - 2 * y,
-    lambda x, y: torch.sub(x, y, alpha=-3),
-    lambda x, y: (x - y).clamp(-5, 7),
-    lambda x, y: (x - y) * 0.5,
-    lambda x, y: (x - y).sigmoid(),
-    lambda x, y: (x - y).div(3, rounding_mode="trunc"),
-    lambda x, y: (x - y) // 4 + (x + y) % 5,
-    lambda x, y: (x - y).to(torch.int8),
-    lambda x, y: (x < y).float() - (x == y).long(),
-]
-COMPARISONS: list[Term] = [torch.lt, torch.le, torch.gt, torch.ge, torch.eq, torch.ne]
-LOGIC: list[Term] = [
-    torch.logical_and,
-    torch.logical_or,
-    torch.logical_xor,
-    lambda x, y: x & ~y,
-    lambda x, y: x | y.logical_not(),
-    lambda x, y: torch.where(x, y, ~x),
-    lambda x, y: x == y,
-]
-numbers = st.recursive(
-    st.sampled_from(LEAVES), lambda children: st.tuples(st.sampled_from(NUMBERS), children, children), max_leaves=4
-)
-comparisons = st.tuples(st.sampled_from(COMPARISONS), numbers, numbers)
-expressions = st.recursive(
-    comparisons, lambda children: st.tuples(st.sampled_from(LOGIC), children, children), max_leaves=4
-)
-SPECIAL = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -1.0, 3.5, 20.0])
-EXTREME = torch.tensor([2**63 - 1, -(2**63), -1, 0, 1, 7, 40])
-
-
-def evaluate(expression: Any, *leaves: Any) -> Tensor:
-    if callable(expression):
-        return expression(*leaves)
-    op, left, right = expression
-    return op(evaluate(left, *leaves), evaluate(right, *leaves))
-
-
-@settings(deadline=None, max_examples=150)
-@given(
-    expression=expressions,
-    seed=st.integers(0, 2**32),
-    block_size=st.sampled_from([2, 5]),
-    share=st.sampled_from([0.0, 0.1, 1.0]),
-)
-def test_any_expression_is_sound_with_nan_inf_and_overflow(
-    expression: Any, seed: int, block_size: int, share: float
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    sizes = AttentionSizes(1, 1, 12, 13)
-
-    def draw(common: Tensor, special: Tensor) -> Tensor:
-        drawn = special[torch.randint(len(special), (13,), generator=generator)]
-        return torch.where(torch.rand(13, generator=generator) < share, drawn, common)
-
-    bias = draw(torch.randn(13, generator=generator).round(decimals=1) * 9, SPECIAL)
-    rows = draw(torch.randint(-9, 20, (13,), generator=generator), EXTREME)
-    captures = (bias, rows, torch.tensor(3))
-
-    def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor, bias: Tensor, rows: Tensor, number: Tensor) -> Tensor:
-        return evaluate(expression, q, k, bias, rows, number)
-
-    bounds = classify(mask, captures, sizes, block_size)
-    assert_sound(bounds, classify_by_pairs(materialise(mask, captures, sizes), block_size))
-
-
-@pytest.mark.parametrize(
-    "term",
-    [
-        lambda q, k, x, n: (x[q] - x[k]).log() <= torch.inf,  # an op without a rule
-        lambda q, k, x, n: x[q] - x[k] >= -torch.inf,  # inf - inf
-        lambda q, k, x, n: (x[q] * (q - k)).abs() <= torch.inf,  # inf * 0, with zero between the ends
-        lambda q, k, x, n: (x[q] - x[k]).minimum(q * 1.0) <= 10,
-        lambda q, k, x, n: n[k] - q > 2**63 - 5,  # only what wraps around can be
-        lambda q, k, x, n: -(n[k] - k) + 0 * q < 0,
-        lambda q, k, x, n: n[k] * (q - k) != -(2**63),
-        lambda q, k, x, n: (n[k] + q).to(torch.int32) == 3,
-    ],
-)
-def test_what_lies_between_the_ends_is_not_forgotten(term: Term) -> None:
-    captures = (torch.tensor([1.0, torch.inf, -3.0, -torch.inf] * 4), torch.full((16,), -(2**63)))
-    sizes = AttentionSizes(1, 1, 16, 16)
-
-    def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor, x: Tensor, n: Tensor) -> Tensor:
-        return term(q, k, x, n)
-
-    bounds = classify(mask, captures, sizes, 8)
-    assert_sound(bounds, classify_by_pairs(materialise(mask, captures, sizes), 8))
-
-
-@pytest.mark.parametrize("compare", COMPARISONS)
-def test_nan_makes_a_block_partial(compare: Term) -> None:
-    bias = torch.full((16,), torch.nan)
-
-    def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-        return compare(q * 1.0, bias[k])
-
-    bounds = classify(mask, (bias,), AttentionSizes(1, 1, 16, 16), 8)
-    # Equality sees single values, and knows that NaN equals none.
-    is_equality = compare in (torch.eq, torch.ne)
-    assert bounds.possible.all() == (compare is not torch.eq)
-    assert bounds.certain.any() == (is_equality and compare is torch.ne)
 
 
 def test_a_traced_run_equals_an_eager_one_at_every_length() -> None:

@@ -7,8 +7,8 @@ from helpers.graphs import inspect_graphs
 from torch import SymInt, Tensor
 from torch.fx import GraphModule
 
+from flexprefill_compile.passes.graph.nodes import example_of
 from flexprefill_compile.passes.graph.trace import inline
-from flexprefill_compile.passes.match.site import example_of
 
 
 def double(x: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from helpers.graphs import check_site, match_graphs
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
+from flexprefill_compile.passes.graph.nodes import example_of
 from flexprefill_compile.passes.graph.operations import operation
-from flexprefill_compile.passes.match.site import AttentionSite, Logits, Masked, example_of
+from flexprefill_compile.passes.match.site import AttentionSite, Logits, Masked
 from flexprefill_compile.report import Skipped, SkipReason
 
 LENGTH, HEADS = 40, 4

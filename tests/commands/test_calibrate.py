@@ -1,0 +1,62 @@
+"""``flexprefill calibrate``: texts in, a policy out; one sentence for each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.command_line import one_sentence
+
+from flexprefill_compile.commands.cli import main
+from flexprefill_compile.settings.policy import LayerPolicy, ModelShape, Policy
+
+TEXT = "Everyone is permitted to copy and distribute verbatim copies of this license document.\n" * 4
+
+
+def test_the_command_writes_a_policy_and_resumes(
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    output = tmp_path / "policy.json"
+    arguments = ["calibrate", "--output", str(output), "--model", str(model_folder), "--block-size", "32"]
+    arguments += ["--text", str(tmp_path / "text.txt"), "--tokens", "300", "--bound", "0.01", "--max-runs", "1"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "text.txt: 300 tokens" in printed
+    assert "run 1: perplexity x" in printed
+    assert "(bound x1.01) at density" in printed
+    policy = Policy.load(output)
+    assert policy.model.num_layers == 2
+    assert main(arguments) == 0
+    assert "run 1 (kept): perplexity x" in capsys.readouterr().out
+    assert Policy.load(output) == policy
+
+
+def test_a_mistake_gives_one_sentence(
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text, output = tmp_path / "text.txt", tmp_path / "policy.json"
+    text.write_text(TEXT)
+    arguments = ["calibrate", "--output", str(output), "--model", str(model_folder), "--text", str(text)]
+
+    def sentence(*more: str) -> str:
+        assert main([*arguments, *more]) == 2
+        return one_sentence(capsys)
+
+    assert sentence("--bound", "2") == "the bound must be in (0, 1), got 2.0"
+    assert sentence("--tokens", "255") == "text.txt must be of two blocks at least, 256 tokens, got 255"
+    assert sentence("--estimator", "oracle").startswith("estimator must be one of ")
+    assert (
+        sentence("--output", str(tmp_path / "none" / "policy.json")) == f"no folder {tmp_path / 'none'} for the policy"
+    )
+    Policy(ModelShape(architecture="GPT2LMHeadModel", num_layers=2, num_heads=4), {0: LayerPolicy()}).save(output)
+    assert sentence() == (
+        f"{output} is a policy for another model, GPT2LMHeadModel with 4 heads: choose another --output"
+    )
+    output.write_text("{}")
+    assert sentence().startswith(f"{output} holds no policy: ")
+    assert sentence("--model", str(tmp_path)).startswith("transformers finds no causal language model in ")

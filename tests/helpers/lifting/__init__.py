@@ -1,0 +1,1 @@
+"""Masks as graphs and as lifted formulas, beside the whole mask."""
