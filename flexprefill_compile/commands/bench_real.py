@@ -8,15 +8,15 @@ import json
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from ..bench.real.compare import Row, compare_methods
 from ..bench.real.figures import format_rows, load_figure_class, plot_rows
 from ..bench.real.methods import create_methods
 from ..errors import UsageError
-from ..models import load_model, read_tokens
 from ..settings.device_defaults import name_device
 from .shared.arguments import positive
-from .shared.checks import check_device
+from .shared.checks import check_device, needs_extra
 from .shared.progress import show_steps
 
 HELP = "compare ways to attend inside a real model: KL, perplexity, density, time and memory beside dense attention"
@@ -51,9 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         load_figure_class()
     methods = create_methods(arguments.device, arguments.sparse or ["default"], arguments.peer)
+    with needs_extra("hf", "bench-real"):
+        from ..models import load_model, read_tokens  # noqa: PLC0415  (needs the extra "hf")
     model, tokenizer = load_model(arguments.model, arguments.device)
     rows: list[Row] = []
-    with show_steps() as announce:
+    with show_steps(Console(stderr=True)) as announce:
         for length in arguments.lengths:
             for path in arguments.texts or [None]:
                 tokens, name = read_tokens(tokenizer, path, length)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...quality.predictions import PredictionComparison, compare_predictions
-from ..inputs.workloads import average_middle_half
+from ..timing.clocks import average_middle_half
 from .methods import Method
 from .prefills import Cost, prefill_for_logits, prefill_for_time
 

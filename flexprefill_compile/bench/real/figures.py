@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
-from ...report import format_table
+from ...text_table import format_table
 from .compare import Row
 
 

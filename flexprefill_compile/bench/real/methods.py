@@ -8,14 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...errors import UsageError
 from ...settings.config import SparsePrefillConfig, split_options
 from ...torch_internals import inductor_option_names
-from ..inputs.workloads import DENSE_BACKENDS, name_backend
 from ..peers import load_peer
+from ..timing.dense_attention import attend, bind_dense, list_backends
 
 # Takes query (1, H, S, D), key and value (1, Hkv, S, D); attends causally with scale 1 / sqrt(D).
 AttendCausally = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -35,25 +33,14 @@ class Method(NamedTuple):
     is_dense: bool = False
 
 
-def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend as a model's layer does."""
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-
 def list_dense_methods(device_type: str) -> list[Method]:
     """Return SDPA by each dense backend of a device."""
     return [
-        Method(f"dense {name_backend(backend)}", _bind_backend(backend), is_dense=True)
-        for backend in DENSE_BACKENDS[device_type]
+        Method(
+            f"dense {name}", lambda query, key, value, name=name: bind_dense(name, query, key, value)(), is_dense=True
+        )
+        for name in list_backends(device_type)
     ]
-
-
-def _bind_backend(backend: SDPBackend) -> AttendCausally:
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return attend_causally(query, key, value)
-
-    return attend
 
 
 def create_sparse_method(text: str) -> Method:
@@ -76,18 +63,18 @@ def compile_sparse(options: Mapping[str, Any]) -> AttendCausally:
     settings = {"min_length": SparsePrefillConfig.block_size, "max_density": 1.0} | dict(options)
     by_shape: dict[torch.Size, AttendCausally] = {}
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend_sparse(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if query.shape not in by_shape:
 
             def attend_one_shape(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-                return attend_causally(query, key, value)
+                return attend(query, key, value)
 
             by_shape[query.shape] = torch.compile(
                 attend_one_shape, backend="flexprefill", options=settings, dynamic=False
             )
         return by_shape[query.shape](query, key, value)
 
-    return attend
+    return attend_sparse
 
 
 def create_methods(device_type: str, sparse: Sequence[str], peers: Sequence[str]) -> list[Method]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flexprefill_compile.block_masks import record_densities
 
-from ...quality.prefill import Prompt, prefill_dense
+from ...quality.model_prefill import Prompt, prefill_dense
 from ...quality.swapped_attention import swapped_attention
 from .methods import Method
 
