@@ -1,4 +1,4 @@
-"""Tensors to block masks: which blocks of attention a prompt needs, estimated at run time."""
+"""From tensors to block masks at run time: which blocks of attention a prompt needs. Nothing here reads a graph."""
 
 if not __name__.startswith("flexprefill_compile."):
     raise ImportError("import flexprefill_compile.block_masks; as 'block_masks' it would register its ops twice")

@@ -1,4 +1,4 @@
-"""What every estimator ends in."""
+"""The result of every estimator."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class Choice(NamedTuple):
-    """The blocks that an estimator wants, before floors, ceilings, and what is always computed.
+    """The blocks that an estimator chooses, before budgets and the blocks that are always computed.
 
     Attributes:
-        selected: (B, H, num_q_blocks, num_k_blocks) bool; what it says off the grid means nothing.
-        score: As ``selected``, how much a block matters within its row: for the budgets.
-        is_finite: (B, H) bool, whether all that it computed is finite; a head where it isn't computes every block.
+        selected: (B, H, num_q_blocks, num_k_blocks) bool; entries off the grid are ignored.
+        score: As ``selected``, how much a block matters within its row; the budgets keep the best.
+        is_finite: (B, H) bool, whether everything computed is finite; other heads compute every block.
     """
 
     selected: Tensor

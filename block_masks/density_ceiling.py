@@ -1,4 +1,4 @@
-"""What the choice between sparse and dense takes at run time: the density of a selection, and dense attention."""
+"""The ops of a ceiling on density: whether a selection is sparse enough, and dense attention where it is not."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from flexprefill_compile.torch_internals import attention_strides
 from .layout import count_causal_blocks
 
 # The fastest first: on an H200 cuDNN's kernel takes half the time of FlashAttention's.
-DENSE_BACKENDS = [
+_SDPA_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-FIRST_WITH_FAST_CUDNN = 9  # compute capability: Hopper
+_FIRST_WITH_FAST_CUDNN = 9  # compute capability: Hopper
 
 
 def _is_sparse(
@@ -27,7 +27,7 @@ def _is_sparse(
 ) -> Tensor:
     """Tell whether a selection computes few enough blocks to be worth it.
 
-    This waits for the device, but for prompts shorter than ``from_length`` and while a CUDA graph is captured.
+    One GPU sync, except for prompts shorter than ``from_length`` and while a CUDA graph is captured: both run sparse.
 
     Args:
         kv_num_blocks: (B, H, num_blocks) int32, blocks of each row on which the mask runs.
@@ -57,8 +57,8 @@ def _attend_densely(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
         value: (B, Hkv, S, Dv).
         scale: Factor on the scores.
     """
-    has_fast_cudnn = query.is_cuda and torch.cuda.get_device_capability(query.device)[0] >= FIRST_WITH_FAST_CUDNN
-    backends = DENSE_BACKENDS if has_fast_cudnn else DENSE_BACKENDS[1:]
+    has_fast_cudnn = query.is_cuda and torch.cuda.get_device_capability(query.device)[0] >= _FIRST_WITH_FAST_CUDNN
+    backends = _SDPA_BACKENDS if has_fast_cudnn else _SDPA_BACKENDS[1:]
     with sdpa_kernel(backends, set_priority=True):
         output = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]

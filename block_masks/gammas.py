@@ -1,4 +1,4 @@
-"""Gamma on the device: one number stays a number, one for each query head becomes a small tensor. No host sync."""
+"""Gamma on the device: one number stays a number, one for each query head becomes a small tensor. No GPU sync."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def place_gammas(config: SparsePrefillConfig, device: torch.device, dtype: torch
 
 @functools.lru_cache(maxsize=1024)
 def _hold(gammas: tuple[float, ...], dtype: torch.dtype, is_pinned: bool) -> Tensor:
-    """Keep the numbers in the host's memory: pinned, a copy from it waits for nothing, in a CUDA graph either."""
+    """Keep the numbers in host memory: pinned, so that copies are asynchronous and work in a CUDA graph."""
     numbers = torch.tensor(gammas, dtype=dtype, device="cpu").unsqueeze(-1)
     return numbers.pin_memory() if is_pinned else numbers
 
 
 def take_all_of_dense_heads(gamma: Share, selected: Tensor, grid: Tensor) -> Tensor:
-    """Return ``selected``, (B, H, N, M), or ``grid`` in heads whose gamma is 1: even a block of no mass."""
+    """Return ``selected``, (B, H, N, M), or ``grid`` in heads whose gamma is 1, which keep blocks of no mass too."""
     if isinstance(gamma, Tensor):
         return torch.where(gamma.unsqueeze(-1) == 1, grid, selected)
     return grid.expand_as(selected) if gamma == 1 else selected

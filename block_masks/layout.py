@@ -31,10 +31,10 @@ class BlockTables(NamedTuple):
     full_kv_indices: Tensor
 
 
-Length = TypeVar("Length", int, Tensor, int | Tensor)
+_Length = TypeVar("_Length", int, Tensor, int | Tensor)
 
 
-def count_blocks(length: Length, block_size: int) -> Length:
+def count_blocks(length: _Length, block_size: int) -> _Length:
     """Return how many blocks cover ``length`` tokens, the last one perhaps ragged."""
     return (length + block_size - 1) // block_size
 
@@ -58,7 +58,7 @@ def compute_density(tables: BlockTables, possible: Tensor | None = None) -> Tens
 
 
 def realize(x: Tensor) -> Tensor:
-    """Copy, in a way that inductor doesn't see through: what is computed from the copy isn't fused with ``x``."""
+    """Copy ``x``, so that inductor does not fuse what computes it with what reads the copy."""
     return cast("Tensor", torch.ops.flexprefill.realize(x))
 
 
@@ -82,7 +82,7 @@ def pool_blocks(x: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
 
 
 def pool_counted_blocks(x: Tensor, is_counted: Tensor, dtype: torch.dtype, elements_at_once: int) -> Tensor:
-    """Average the tokens of each block that count; what others hold does not matter as long as it is finite.
+    """Average the tokens of each block that count; the others may hold anything finite.
 
     Args:
         x: (B, H, S, D), any strides.
@@ -150,8 +150,8 @@ def unpack_blocks(num_blocks: Tensor, indices: Tensor, num_k_blocks: int) -> Ten
 def pack_causal_blocks(selected: Tensor, width: int | None = None) -> BlockTables:
     """Pack a causal selection, split into the masked diagonal and the full blocks below it.
 
-    A block below the diagonal is full: each of its keys comes before each of its queries. The ragged last key
-    block meets only the diagonal, where the mask_mod runs.
+    A block below the diagonal is full: each of its keys comes before each of its queries. The ragged last key block
+    is read by the diagonal block alone, where the mask_mod runs.
 
     Args:
         selected: (B, H, num_blocks, num_blocks) bool, nothing above the diagonal.

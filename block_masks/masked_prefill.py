@@ -30,23 +30,23 @@ def select_masked_prefill_blocks(
 ) -> Tensor:
     """Select the blocks of masked attention to compute.
 
-    A head whose inputs or scores are not all finite gets every possible block, padding included: SDPA multiplies what
-    is masked by zero, which NaN survives. With a bias every head of every estimator that looks at queries and keys is
-    vertical-slash: only the representative queries know their bias, other estimates would prove nothing.
+    A head whose inputs or scores are not all finite gets every possible block, padding included: dense attention
+    multiplies masked values by zero, and NaN times zero is NaN. With a bias every head of every estimator that reads
+    queries and keys is vertical-slash: the bias is known for the representative queries only.
 
-    Memory peaks at about 40 bytes for each block of the grid, 70 where prompts are packed and the sort of Algorithm 4
-    takes two passes, or at what the estimator needs; nothing has Q x K elements.
+    Memory peaks at about 40 bytes for each block of the grid, or 70 where prompts are packed, because the sort of
+    Algorithm 4 then takes two passes; or at what the estimator needs. No tensor has Q x K elements.
 
     Args:
         query: (B, H, Q, D).
         key: (B, Hkv, K, D).
-        value: (B, Hkv, K, Dv), read for its NaN and inf only; None is not to look.
+        value: (B, Hkv, K, Dv), read for its NaN and inf only; None skips that check.
         facts: Of the mask.
         rule: From q.k to scores.
         config: What to select.
 
     Returns:
-        (B, H, num_q_blocks, num_k_blocks) bool, nothing that is not possible.
+        (B, H, num_q_blocks, num_k_blocks) bool, possible blocks only.
     """
     batch, heads = query.shape[:2]
     possible = facts.possible.expand(batch, heads, -1, -1)

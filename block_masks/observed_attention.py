@@ -1,7 +1,7 @@
-"""Look at each attention call of a prefill while it runs: the kernel of the op ``flexprefill::observe``.
+"""Show each attention call of a prefill to observers while it runs: the kernel of the op ``flexprefill::observe``.
 
-The op stands in graphs that were compiled to be observed, see ``FlexPrefillBackend``. It takes everything that a call
-was made of and returns its output, so nothing is kept longer than the call lasts.
+The op stands in graphs that were compiled to be observed, see ``FlexPrefillBackend``. It takes all inputs of a call
+and returns a copy of its output, so that no tensor is kept longer than the call lasts.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .estimators.flexprefill.masked_representative import ScoreRule
 from .layout import BlockTables
 from .masks.facts import MaskFacts
 
-# The fractional parts of its multiples are spread evenly, and follow no pattern of blocks.
-GOLDEN_RATIO = (5**0.5 - 1) / 2
+# Fractional parts of its multiples spread evenly and don't line up with blocks.
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 class ObservedAttention(NamedTuple):
     """One attention call over selected blocks, and some of its rows in detail.
 
     Attributes:
-        name: Where it stands in the model.
-        output: (B, H, Sq, Dv), what it gave.
+        name: The call's place in the model.
+        output: (B, H, Sq, Dv), its result.
         query: (B, H, Sq, D).
         key: (B, Hkv, Skv, D).
         value: (B, Hkv, Skv, Dv).
@@ -75,7 +75,7 @@ def sample_rows(count: int, length: int, device: torch.device) -> Tensor:
     """
     count = torch.sym_min(count, length)
     stretch = torch.arange(count, dtype=torch.float64, device=device)
-    rows: Tensor = ((stretch + (stretch * GOLDEN_RATIO).frac()) * (length / count)).long()
+    rows: Tensor = ((stretch + (stretch * _GOLDEN_RATIO).frac()) * (length / count)).long()
     return rows
 
 

@@ -2,7 +2,7 @@
 
     estimator -> heads that are not finite, rows that stay dense -> budgets -> pack
 
-Everything is batched over prompts and heads, and nothing waits for the device.
+Everything is batched over prompts and heads. No GPU sync.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def create_prefill_block_mask(
     Raises:
         ValueError: The shapes, dtypes or devices don't fit.
     """
-    check_query_and_key(query, key)
+    _check_query_and_key(query, key)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     length = query.shape[-2]
     num_blocks = count_blocks(length, config.block_size)
@@ -51,7 +51,7 @@ def create_prefill_block_mask(
 
 
 def create_block_mask(tables: BlockTables, query_length: int, key_length: int, block_size: int) -> BlockMask:
-    """Wrap packed tables as a BlockMask, that of a causal prefill as far as its mask_mod goes."""
+    """Wrap packed tables as a BlockMask with a causal mask_mod."""
     return BlockMask.from_kv_blocks(
         *tables,
         BLOCK_SIZE=block_size,
@@ -66,7 +66,7 @@ def causal_mask(batch: Tensor, head: Tensor, query_index: Tensor, key_index: Ten
     return query_index >= key_index
 
 
-def check_query_and_key(query: Tensor, key: Tensor) -> None:
+def _check_query_and_key(query: Tensor, key: Tensor) -> None:
     """Check what ``create_prefill_block_mask`` takes.
 
     Raises:
@@ -113,16 +113,16 @@ def select_prefill_blocks(
 ) -> Tensor:
     """Select the blocks of causal attention to compute.
 
-    A head whose inputs or scores are not all finite gets every causal block, so that NaN and inf reach the rows
-    they reach in dense attention; under a ceiling, those blocks first whose keys or values are not finite.
+    A head whose inputs or scores are not all finite gets every causal block, so that NaN and inf reach the same rows
+    as in dense attention. Under ``max_budget`` the blocks whose keys or values are not finite come first.
 
     Memory peaks at about 40 bytes for each block of the grid, (B, H, num_blocks, num_blocks), most of it for sorting,
-    or at what the estimator needs, if that is more; nothing has S x S elements.
+    or at what the estimator needs, if that is more. No tensor has S x S elements.
 
     Args:
         query: (B, H, S, D).
         key: (B, Hkv, S, D).
-        value: (B, Hkv, S, Dv), read for its NaN and inf only; None is not to look.
+        value: (B, Hkv, S, Dv), read for its NaN and inf only; None skips that check.
         scale: Factor on the scores.
         config: What to select.
 

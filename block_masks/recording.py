@@ -1,4 +1,4 @@
-"""Watch what the selections of a prefill cost, from outside the compiled graph."""
+"""Record the densities of a prefill's selections, from outside the compiled graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def record_densities() -> Iterator[list[Tensor]]:
     """Collect the density of every selection made meanwhile, in the order of the attention calls.
 
     A density is a (B, H) float tensor, the share of the blocks under its mask that a head computes, on the device of
-    the selection; recording one waits for nothing. Replayed CUDA graphs run no Python and are not seen.
+    the selection. No GPU sync. Replayed CUDA graphs run no Python and are not recorded.
     """
     recording: list[Tensor] = []
     _recordings.append(recording)
@@ -32,8 +32,7 @@ def record(tables: BlockTables, possible: Tensor | None = None) -> None:
 
     Args:
         tables: The selection.
-        possible: (B|1, H|1, num_q_blocks, num_k_blocks) bool, the blocks that dense attention would compute; None is
-            the causal ones.
+        possible: As of ``compute_density``.
     """
     if _recordings:
         density = compute_density(tables, possible)

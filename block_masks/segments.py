@@ -1,7 +1,7 @@
 """Sums over segments: neighbouring elements that belong together, such as the blocks of one packed sequence.
 
 Without segments (None) each row is one segment, and a plain reduction gives one element a row. With segments each
-element gets the result of its segment. Both broadcast. Static shapes, no host sync.
+element gets the result of its segment. Both broadcast. Static shapes, no GPU sync.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def sum_segments(x: Tensor, segments: Segments | None) -> Tensor:
 
 
 def logsumexp_segments(x: Tensor, segments: Segments | None) -> Tensor:
-    """Return log(sum(exp(x))) of each segment of (..., N), shaped as by ``sum_segments``; -inf where all of it is."""
+    """Return log(sum(exp(x))) of each segment of (..., N), shaped as by ``sum_segments``; -inf if all are."""
     if segments is None:
         return x.logsumexp(-1, keepdim=True)
     first = segments.first.expand_as(x)

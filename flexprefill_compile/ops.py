@@ -16,16 +16,16 @@ from torch import SymInt, Tensor
 from .settings.config import SELECTION
 from .torch_internals import attention_strides
 
-NAMESPACE = "flexprefill"
-SELECT_BLOCKS = f"{NAMESPACE}::select_blocks"
-SELECT_MASKED_BLOCKS = f"{NAMESPACE}::select_masked_blocks"
-IS_SPARSE = f"{NAMESPACE}::is_sparse"
-ATTEND_DENSELY = f"{NAMESPACE}::attend_densely"
-REALIZE = f"{NAMESPACE}::realize"
-CHECK_MASK = f"{NAMESPACE}::check_mask"
-OBSERVE = f"{NAMESPACE}::observe"
+_NAMESPACE = "flexprefill"
+SELECT_BLOCKS = f"{_NAMESPACE}::select_blocks"
+SELECT_MASKED_BLOCKS = f"{_NAMESPACE}::select_masked_blocks"
+IS_SPARSE = f"{_NAMESPACE}::is_sparse"
+ATTEND_DENSELY = f"{_NAMESPACE}::attend_densely"
+_REALIZE = f"{_NAMESPACE}::realize"
+_CHECK_MASK = f"{_NAMESPACE}::check_mask"
+OBSERVE = f"{_NAMESPACE}::observe"
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library = torch.library.Library(_NAMESPACE, "DEF")
 
 _SELECTION_ARGUMENTS = ", ".join(f"{type_} {name}" for name, type_ in SELECTION.items())
 _TABLES = "(Tensor, Tensor, Tensor, Tensor)"
@@ -164,11 +164,11 @@ def _check_mask(query: Tensor, mask: Tensor, visible: Tensor, bias: Tensor | Non
     return query.clone()
 
 
-torch.library.register_fake(CHECK_MASK, _fake_check_mask, lib=_library)
-torch.library.impl(CHECK_MASK, "CompositeExplicitAutograd", _check_mask, lib=_library)
+torch.library.register_fake(_CHECK_MASK, _fake_check_mask, lib=_library)
+torch.library.impl(_CHECK_MASK, "CompositeExplicitAutograd", _check_mask, lib=_library)
 torch.library.register_fake(OBSERVE, _fake_observe, lib=_library)
 torch.library.register_fake(IS_SPARSE, _fake_is_sparse, lib=_library)
 torch.library.register_fake(ATTEND_DENSELY, _fake_attend_densely, lib=_library)
 torch.library.register_fake(SELECT_BLOCKS, _fake_select_blocks, lib=_library)
-torch.library.register_fake(REALIZE, _fake_realize, lib=_library)
-torch.library.impl(REALIZE, "CompositeExplicitAutograd", _realize, lib=_library)
+torch.library.register_fake(_REALIZE, _fake_realize, lib=_library)
+torch.library.impl(_REALIZE, "CompositeExplicitAutograd", _realize, lib=_library)

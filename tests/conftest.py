@@ -9,10 +9,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from helpers.tiny_model import save_tiny_model
 
 if not torch.cuda.is_available():  # Triton's kernels run in its interpreter; it looks when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from helpers.tiny_model import save_tiny_model
 
 from flexprefill_compile.backend import flexprefill
 from flexprefill_compile.settings import registry

@@ -1,1 +1,1 @@
-"""From queries and keys to scores of blocks: one estimator a file, one row each in the table."""
+"""From queries and keys to the blocks to compute: one estimator a file, one row each in ``table.py``."""

@@ -1,8 +1,8 @@
-"""Exact rows and antidiagonals, averaged: what sampled queries miss the tiles hear, and the other way round.
+"""Exact rows and antidiagonals, averaged: each finds what the other misses.
 
-A row in 8 is computed over all keys: sharp attention to single keys is found, where the row is typical of its
-neighbours. The other half sums scores along the antidiagonals of tiles: every query and every key has a part in it, but
-the sum blurs.
+One query in 8 attends to all keys, exactly: that finds sharp attention to single keys, as long as the query is typical
+of its neighbours. The other half sums scores along the antidiagonals of tiles: every query and every key takes part,
+but the sum blurs single keys.
 """
 
 from __future__ import annotations

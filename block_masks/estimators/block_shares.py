@@ -1,4 +1,4 @@
-"""Softmax of a few query vectors over all key vectors, pooled onto blocks: what every scoring estimator is made of.
+"""Softmax of a few query vectors over all key vectors, pooled by block: the core of every scoring estimator.
 
     rows x columns -> softmax over the columns -> sum by key block, mean by query block
 

@@ -1,4 +1,4 @@
-"""A few exact rows: every query block is judged by four of its queries, over all keys."""
+"""A few exact rows: each query block is scored by the attention of four of its queries to all keys."""
 
 from __future__ import annotations
 

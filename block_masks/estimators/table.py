@@ -28,8 +28,8 @@ from .sampled import score_sampled
 from .scoring import Choose, Score, choose_by_score, choose_masked_by_score, score_by_user, select_by_score
 from .xattention import score_xattention
 
-ChooseMasked = Callable[[EstimatorInputs, MaskFacts, ScoreRule, SparsePrefillConfig], Choice]
-SelectByKernels = Callable[[Tensor, Tensor, Tensor | None, float, SparsePrefillConfig, int], BlockTables | None]
+_ChooseMasked = Callable[[EstimatorInputs, MaskFacts, ScoreRule, SparsePrefillConfig], Choice]
+_SelectByKernels = Callable[[Tensor, Tensor, Tensor | None, float, SparsePrefillConfig, int], BlockTables | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ class EstimatorRow(BuiltIn):
     """
 
     choose: Choose
-    choose_masked: ChooseMasked
-    select_by_kernels: SelectByKernels | None = None
+    choose_masked: _ChooseMasked
+    select_by_kernels: _SelectByKernels | None = None
     score: Score | None = None
 
 

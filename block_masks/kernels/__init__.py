@@ -1,1 +1,1 @@
-"""Triton kernels, each beside the function that launches it. Plain PyTorch computes the same elsewhere."""
+"""Triton kernels: each stands beside its launch, computes what plain PyTorch computes, and imports no estimator."""

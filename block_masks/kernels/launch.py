@@ -11,7 +11,7 @@ import triton
 
 _MOST_SIGNATURES = 1024
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _compiled: dict[Any, dict[Any, Any]] = {}
 _logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def run_first_that_fits(variants: Iterable[Callable[[], T]], what: str) -> T | None:
+def run_first_that_fits(variants: Iterable[Callable[[], _T]], what: str) -> _T | None:
     """Run the first variant whose tiles fit the GPU; where none does, warn and return None.
 
     Args:

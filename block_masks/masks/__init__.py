@@ -1,1 +1,1 @@
-"""What a mask proves about blocks: which are full, which are empty, whose tokens count."""
+"""What a mask proves about blocks: from a mask function to tensors, with no query or key read."""

@@ -1,4 +1,4 @@
-"""What the estimation has to know of a mask, worked out once for all the layers that share it.
+"""What the selection needs to know of a mask, computed once for all layers that share it.
 
 A key is *valid* if its own query sees it, in any head: padding is not. A *sequence* is a row of the batch, or, where
 prompts are packed, a stretch of it: one begins at each valid key whose query does not see the key before it. Blocks
@@ -22,7 +22,7 @@ from .intervals import BlockBounds
 
 
 class MaskFacts(NamedTuple):
-    """A mask as the estimation sees it. B and H are 1 where the mask does not depend on them.
+    """What the selection knows of a mask. B and H are 1 where the mask does not depend on them.
 
     Where one sequence fills a row of the batch, N is 1; in packed rows it is num_k_blocks, and what is said of a
     sequence stands at each of its blocks.
@@ -34,10 +34,10 @@ class MaskFacts(NamedTuple):
             queries, those of a sequence's first valid key, and those that hold tokens of more than one sequence. In a
             row of the batch without a valid key all are: what such a mask means is not known.
         rows: (B, N, block_size) int64, the representative queries of a sequence: its last valid row and those before
-            it, last first, -1 for what is not a valid row of it.
+            it, last first; -1 fills up.
         row_mask: (B, H, num_k_blocks, block_size, block_size) bool, which counted keys of a block they see.
         key_counts: (B, num_k_blocks, block_size) bool, the keys that count.
-        query_counts: (B, num_q_blocks, block_size) bool, the queries that do.
+        query_counts: (B, num_q_blocks, block_size) bool, the queries that count.
         first_block: (B, N) int64, the key block of the first valid key of a sequence.
         last_block: (B, N) int64, the block of its last valid row, counted as the diagonals are, see ``block_offset``.
         block_offset: () int64, offset / block_size rounded up. Block (i, j) is on diagonal i + block_offset - j.
@@ -144,10 +144,10 @@ def representative_indices(
     """Return what a mask_mod or score_mod takes to be evaluated for the representative queries and all keys.
 
     Args:
-        rows: Of the ``MaskFacts``; where no query is, the first one is asked.
+        rows: Of the ``MaskFacts``; where there is none, the first query stands in.
         batch: For how many rows of the batch, 1 if all are alike.
         heads: For how many heads, likewise.
-        key_length: Beyond the last key, that one is asked.
+        key_length: Beyond the last key, that one stands in.
 
     Returns:
         Batch, head, query and key index, which broadcast to (batch, heads, num_k_blocks, block_size, block_size).
@@ -170,7 +170,7 @@ def _list_positions(num_blocks: int, block_size: int, device: torch.device) -> T
 
 
 def _take_queries(keys: _Tokens, positions: Tensor, offset: int | Tensor, length: int) -> _Tokens:
-    """A query is what the key at its position is."""
+    """Return the queries: each has the sequence of the key at its position."""
     exists = positions < length
     sequence, is_counted = (x.flatten(1) for x in keys)
     at = (positions + offset).clamp(max=sequence.shape[1] - 1)

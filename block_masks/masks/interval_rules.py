@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
-Op = Any  # an OpOverload or its packet
+_Op = Any  # an OpOverload or its packet
 
 
 class Interval(NamedTuple):
@@ -31,7 +31,7 @@ class Interval(NamedTuple):
     upper: Any
 
 
-def apply_rule(op: Op, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Interval:
+def apply_rule(op: _Op, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Interval:
     """Return the values of an elementwise op over blocks.
 
     Args:
@@ -50,7 +50,7 @@ def is_true(x: Interval) -> Interval:
     return x if x.lower.dtype == torch.bool else _not_equal(aten.ne, x, Interval(0, 0))
 
 
-def hold_everything(dtype: torch.dtype, device: torch.device) -> Interval:
+def _hold_everything(dtype: torch.dtype, device: torch.device) -> Interval:
     """Return the interval, of one element, that says nothing about values of a dtype."""
     if dtype == torch.bool:
         ends: tuple[float, float] = (False, True)
@@ -61,7 +61,7 @@ def hold_everything(dtype: torch.dtype, device: torch.device) -> Interval:
     return Interval(*(torch.full((1,) * 6, end, dtype=dtype, device=device) for end in ends))
 
 
-def _unknown(op: Op, *arguments: Any, **keywords: Any) -> Interval:
+def _unknown(op: _Op, *arguments: Any, **keywords: Any) -> Interval:
     """Run the op on ones, which are safe to divide by, for the dtype that it gives."""
 
     def sample(x: Any) -> Any:
@@ -70,16 +70,16 @@ def _unknown(op: Op, *arguments: Any, **keywords: Any) -> Interval:
 
     ones = pytree.tree_map(sample, (arguments, keywords), is_leaf=lambda x: isinstance(x, Interval))
     result = op(*ones[0], **ones[1])
-    return hold_everything(result.dtype, result.device)
+    return _hold_everything(result.dtype, result.device)
 
 
-def _increasing(op: Op, *operands: Any, **keywords: Any) -> Interval:
+def _increasing(op: _Op, *operands: Any, **keywords: Any) -> Interval:
     """Ops that grow with each of their operands."""
     ends = [x if isinstance(x, Interval) else Interval(x, x) for x in operands]
     return Interval(op(*(x.lower for x in ends), **keywords), op(*(x.upper for x in ends), **keywords))
 
 
-def _extremes(op: Op, *operands: Interval, **keywords: Any) -> Interval:
+def _extremes(op: _Op, *operands: Interval, **keywords: Any) -> Interval:
     """Ops that grow or fall with each operand on either side of zero: the extremes lie at ends or at zeros."""
     results, overflows = [], []
     for corner in itertools.product(*map(_corners, operands)):
@@ -92,7 +92,7 @@ def _extremes(op: Op, *operands: Interval, **keywords: Any) -> Interval:
     interval = Interval(reduce(torch.minimum, results), reduce(torch.maximum, results))
     if not overflows:
         return interval
-    anything = hold_everything(interval.lower.dtype, interval.lower.device)
+    anything = _hold_everything(interval.lower.dtype, interval.lower.device)
     return Interval(
         *(torch.where(reduce(torch.logical_or, overflows), *x) for x in zip(anything, interval, strict=True))
     )
@@ -106,7 +106,7 @@ def _corners(x: Interval) -> list[Any]:
     return [x.lower, torch.minimum(x.lower.clamp(min=0), x.upper), x.upper]
 
 
-def _divide(op: Op, dividend: Interval, divisor: Interval, **keywords: Any) -> Interval:
+def _divide(op: _Op, dividend: Interval, divisor: Interval, **keywords: Any) -> Interval:
     rounds = keywords.get("rounding_mode") is not None or op.overloadpacket is aten.floor_divide
     is_float = dividend.lower.is_floating_point() or isinstance(divisor.lower, float)
     # Rounded division of floats is computed from a remainder, with its own rounding.
@@ -115,7 +115,7 @@ def _divide(op: Op, dividend: Interval, divisor: Interval, **keywords: Any) -> I
     return _increasing(op, dividend, divisor, **keywords)
 
 
-def _remainder(op: Op, dividend: Interval, divisor: Interval) -> Interval:
+def _remainder(op: _Op, dividend: Interval, divisor: Interval) -> Interval:
     """Of integers: its own ends where the block lies within one period, any remainder otherwise."""
     period = divisor.lower
     if not _is_positive(divisor) or isinstance(period, float) or dividend.lower.is_floating_point():
@@ -132,7 +132,7 @@ def _is_positive(x: Interval) -> bool:
 _OPPOSITES: dict[Any, Any] = {aten.lt: aten.ge, aten.le: aten.gt, aten.gt: aten.le, aten.ge: aten.lt}
 
 
-def _compare(op: Op, left: Interval, right: Interval) -> Interval:
+def _compare(op: _Op, left: Interval, right: Interval) -> Interval:
     packet: Any = getattr(op, "overloadpacket", op)
     worst, best = (left.upper, right.lower), (left.lower, right.upper)
     if packet in (aten.gt, aten.ge):
@@ -140,23 +140,23 @@ def _compare(op: Op, left: Interval, right: Interval) -> Interval:
     return Interval(packet(*worst), ~_OPPOSITES[packet](*best))
 
 
-def _equal(op: Op, left: Interval, right: Interval) -> Interval:
+def _equal(op: _Op, left: Interval, right: Interval) -> Interval:
     return _and(op, _compare(aten.le, left, right), _compare(aten.ge, left, right))
 
 
-def _not_equal(op: Op, left: Interval, right: Interval) -> Interval:
+def _not_equal(op: _Op, left: Interval, right: Interval) -> Interval:
     return _not(op, _equal(op, left, right))
 
 
-def _not(op: Op, x: Interval) -> Interval:
+def _not(op: _Op, x: Interval) -> Interval:
     return Interval(~x.upper, ~x.lower)
 
 
-def _and(op: Op, left: Interval, right: Interval) -> Interval:
+def _and(op: _Op, left: Interval, right: Interval) -> Interval:
     return Interval(left.lower & right.lower, left.upper & right.upper)
 
 
-def _or(op: Op, left: Interval, right: Interval) -> Interval:
+def _or(op: _Op, left: Interval, right: Interval) -> Interval:
     return Interval(left.lower | right.lower, left.upper | right.upper)
 
 
@@ -165,35 +165,35 @@ def _logical(rule: Callable[..., Interval]) -> Callable[..., Interval]:
 
 
 def _bitwise(rule: Callable[..., Interval]) -> Callable[..., Interval]:
-    def apply(op: Op, *operands: Interval) -> Interval:
+    def apply(op: _Op, *operands: Interval) -> Interval:
         is_bool = all(isinstance(x.lower, Tensor) and x.lower.dtype == torch.bool for x in operands)
         return rule(op, *operands) if is_bool else _unknown(op, *operands)
 
     return apply
 
 
-def _where(op: Op, condition: Interval, left: Interval, right: Interval) -> Interval:
+def _where(op: _Op, condition: Interval, left: Interval, right: Interval) -> Interval:
     """Whichever side the condition may choose: both where it is uncertain."""
     lowers = [op(chosen, left.lower, right.lower) for chosen in condition]
     uppers = [op(chosen, left.upper, right.upper) for chosen in condition]
     return Interval(torch.minimum(*lowers), torch.maximum(*uppers))
 
 
-def _convert(op: Op, x: Interval, *, dtype: torch.dtype | None = None, **keywords: Any) -> Interval:
+def _convert(op: _Op, x: Interval, *, dtype: torch.dtype | None = None, **keywords: Any) -> Interval:
     """Keep the order, unless the dtype can't hold the values."""
     source = x.lower.dtype
     if dtype == torch.bool:
         return is_true(x)
     if dtype is not None and not dtype.is_floating_point and source not in (dtype, torch.bool):
         if source.is_floating_point:
-            return hold_everything(dtype, x.lower.device)
+            return _hold_everything(dtype, x.lower.device)
         values, room = torch.iinfo(source), torch.iinfo(dtype)
         if values.min < room.min or values.max > room.max:
-            return hold_everything(dtype, x.lower.device)
+            return _hold_everything(dtype, x.lower.device)
     return _increasing(op, x, dtype=dtype, **keywords)
 
 
-def _gather(op: Op, table: Interval, indices: list[Any]) -> Interval:
+def _gather(op: _Op, table: Interval, indices: list[Any]) -> Interval:
     """Any element of the table."""
     least, greatest = table.lower.amin(), table.upper.amax()
     return Interval(least.reshape((1,) * 6), greatest.reshape((1,) * 6))

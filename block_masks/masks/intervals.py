@@ -1,4 +1,4 @@
-"""Which blocks a mask leaves whole, cuts or empties, from O(num_blocks^2) work: the mask over intervals of tokens.
+"""Which blocks are full, partial or empty under a mask, in O(num_blocks^2) work: the mask over intervals of tokens.
 
     query_index  0 .. 127        ge     always / never / for some pairs
     key_index    256 .. 383   ───────►  certain    possible
@@ -22,8 +22,8 @@ from ..layout import AttentionSizes, count_blocks, realize
 from .interval_rules import Interval, apply_rule, is_true
 
 aten = torch.ops.aten
-CONJUNCTIONS = (aten.bitwise_and.Tensor, aten.logical_and.default)
-QUERY_AXIS, KEY_AXIS = -2, -1
+_CONJUNCTIONS = (aten.bitwise_and.Tensor, aten.logical_and.default)
+_QUERY_AXIS, _KEY_AXIS = -2, -1
 
 
 class BlockBounds(NamedTuple):
@@ -124,7 +124,7 @@ class _BlockInterpreter(Interpreter):
         if x is None or isinstance(x, Interval):
             return x
         is_grid = isinstance(x, Tensor) and x.dim() == 6
-        axes = [axis for axis in (QUERY_AXIS, KEY_AXIS) if is_grid and x.shape[axis] != 1]
+        axes = [axis for axis in (_QUERY_AXIS, _KEY_AXIS) if is_grid and x.shape[axis] != 1]
         if not axes:
             return Interval(x, x)
         least = greatest = x
@@ -141,7 +141,7 @@ class _BlockInterpreter(Interpreter):
 
     def _conjuncts(self, node: Node) -> list[Node]:
         """Return the terms that all have to hold, as far as query and key are apart."""
-        if node in self.pairwise and node.target in CONJUNCTIONS:
+        if node in self.pairwise and node.target in _CONJUNCTIONS:
             return [term for argument in node.args for term in self._conjuncts(cast("Node", argument))]
         return [node]
 
@@ -155,7 +155,7 @@ class _BlockInterpreter(Interpreter):
         axes = {term: self._mask_axis(self.env[term]) for term in alone}
         valid: dict[int | None, Tensor] = {
             axis: reduce(torch.logical_and, [self.env[term] for term in alone if axes[term] == axis])
-            for axis in (QUERY_AXIS, KEY_AXIS)
+            for axis in (_QUERY_AXIS, _KEY_AXIS)
             if axis in axes.values()
         }
         # Of two terms on keys, both may leave tokens in a block, but no token in common: each stands for both.
@@ -167,7 +167,7 @@ class _BlockInterpreter(Interpreter):
         """Return the axis of tokens along which a boolean masks."""
         if not isinstance(value, Tensor) or value.dtype != torch.bool or value.dim() != 6:
             return None
-        return next((axis for axis in (QUERY_AXIS, KEY_AXIS) if value.shape[axis] != 1), None)
+        return next((axis for axis in (_QUERY_AXIS, _KEY_AXIS) if value.shape[axis] != 1), None)
 
 
 def _find_pairwise(graph: Graph) -> set[Node]:
@@ -208,7 +208,7 @@ def _rank_values(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads = torch.broadcast_shapes(left.shape[:2], right.shape[:2])
     key, query = (
         x.to(dtype).expand(batch, heads, -1, -1, -1, -1)
-        for x in sorted((left, right), key=lambda x: bool(x.shape[KEY_AXIS] == 1))
+        for x in sorted((left, right), key=lambda x: bool(x.shape[_KEY_AXIS] == 1))
     )
     # Realized, because torch 2.11's inductor fails on a view of something computed at a shifted index, as in cat.
     values = realize(torch.cat([realize(x.flatten(2)) for x in (key, query)], dim=-1))

@@ -1,1 +1,1 @@
-"""What sparse prefill costs and gains in time: measured here, printed by the commands ``bench`` and ``bench-model``."""
+"""What sparse prefill costs and gains in time. Law: all that is compared is timed on the same inputs."""

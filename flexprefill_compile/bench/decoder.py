@@ -1,4 +1,4 @@
-"""A Llama-shaped decoder with random weights: as much of a language model as its prefill takes time for."""
+"""A Llama-shaped decoder with random weights: what a language model computes in its prefill, and no more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a selection loses: attention left out, on sampled rows, and the error of the output; and whether it is right."""
+"""What a selection loses: the attention left out, on sampled rows, the error of the output, and wrong blocks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from flexprefill_compile.block_masks.prefill import select_prefill_blocks
 
 from ..settings.config import SparsePrefillConfig
 
-SAMPLED_ROWS = 64
-SAMPLED_HEADS = 8
+_SAMPLED_ROWS = 64
+_SAMPLED_HEADS = 8
 
 
 def measure_recall(query: Tensor, key: Tensor, tables: BlockTables, scale: float, block_size: int) -> dict[str, float]:
@@ -26,8 +26,8 @@ def measure_recall(query: Tensor, key: Tensor, tables: BlockTables, scale: float
     """
     device, (heads, length) = query.device, query.shape[1:3]
     num_blocks = tables.kv_num_blocks.shape[-1]
-    picked = torch.linspace(0, heads - 1, min(heads, SAMPLED_HEADS), device=device).long()
-    rows = torch.randint(0, length, (SAMPLED_ROWS,), generator=torch.Generator().manual_seed(0)).to(device)
+    picked = torch.linspace(0, heads - 1, min(heads, _SAMPLED_HEADS), device=device).long()
+    rows = torch.randint(0, length, (_SAMPLED_ROWS,), generator=torch.Generator().manual_seed(0)).to(device)
     scores = query[0, picked[:, None], rows].float() @ key[0, picked * key.shape[1] // heads].float().mT
     is_future = torch.arange(length, device=device) > rows[:, None]
     weights = (scores * scale).masked_fill_(is_future, -torch.inf).softmax(-1)

@@ -1,1 +1,1 @@
-"""The command line. One file is one command: its help, its arguments and its run; the work is done in other rooms."""
+"""The command line. Law: one file is one command, its help, its arguments and its run; ``cli.py`` lists them."""

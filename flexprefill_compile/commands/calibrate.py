@@ -1,4 +1,4 @@
-"""``flexprefill calibrate``: texts in, a policy out, with what is measured on the way."""
+"""``flexprefill calibrate``: find the cheapest policy for some texts; print each measurement as it is made."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What sparse prefill loses on a real model: measured per attention call and in the model's own predictions."""
+"""What sparse prefill loses on a real model. Law: this room calculates and returns data; commands print it."""

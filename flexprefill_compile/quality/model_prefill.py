@@ -90,7 +90,7 @@ def prefill_dense(model: Model, prompt: Prompt) -> Tensor:
         UsageError: It is no causal language model.
     """
     with torch.no_grad():
-        return read_logits(uncompiled_call(model)(*prompt.args, **prompt.kwargs), prompt.tokens)
+        return _read_logits(uncompiled_call(model)(*prompt.args, **prompt.kwargs), prompt.tokens)
 
 
 def prefill_sparse(
@@ -111,13 +111,13 @@ def prefill_sparse(
     backend = FlexPrefillBackend() if backend is None else backend
     compiled = torch.compile(uncompiled_call(model), backend=backend, options=dict(options), dynamic=False)
     with torch.no_grad(), without_recompile_limit(), record_densities() as densities:
-        logits = read_logits(compiled(*prompt.args, **prompt.kwargs), prompt.tokens)
+        logits = _read_logits(compiled(*prompt.args, **prompt.kwargs), prompt.tokens)
     if not backend.report.num_rewritten:
         raise UsageError(f"no attention call was rewritten: {_explain(backend.report)}")
     return SparsePrefill(logits, tuple(densities), backend.report)
 
 
-def read_logits(output: Any, tokens: Tensor) -> Tensor:
+def _read_logits(output: Any, tokens: Tensor) -> Tensor:
     """Return the logits in what a causal language model returns: the output, its ``logits``, or its first item.
 
     Raises:

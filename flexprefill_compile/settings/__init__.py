@@ -1,1 +1,1 @@
-"""What a user may set: checked when made, hashable, with defaults by device."""
+"""What a user may set. Law: every value is checked when it is made, and hashes."""

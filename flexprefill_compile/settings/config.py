@@ -23,7 +23,7 @@ from .registry import Estimator, check_estimator, is_dense_estimator, name_estim
 
 __all__ = ["InvalidOptionError", "SparsePrefillConfig", "split_options"]
 
-ON_SKIP = ("keep", "raise")
+_ON_SKIP = ("keep", "raise")
 KERNEL_BACKENDS = ("auto", "triton", "flash")
 # The fields that say which blocks to select, gamma first, with their types in the schemas of the ops that select.
 SELECTION = {
@@ -146,7 +146,7 @@ class SparsePrefillConfig:
         )
         check("kernel_options", self.kernel_options, "a mapping of FlexAttention's kernel options", are_names)
         object.__setattr__(self, "kernel_options", tuple(sorted(items)))
-        check("on_skip", self.on_skip, f"one of {', '.join(ON_SKIP)}", self.on_skip in ON_SKIP)
+        check("on_skip", self.on_skip, f"one of {', '.join(_ON_SKIP)}", self.on_skip in _ON_SKIP)
 
     def as_options(self) -> dict[str, Any]:
         """Return the config as the ``options`` of ``torch.compile``."""

@@ -44,7 +44,7 @@ def resolve_min_length(config: SparsePrefillConfig, example_inputs: Sequence[Any
     device = _device_of(example_inputs)
     min_length = find_break_even_length(device)
     if config.max_density is not None and config.max_density < 1:
-        min_length = max(min_length, find_ceiling_start(device))
+        min_length = max(min_length, _find_ceiling_start(device))
     return dataclasses.replace(config, min_length=min_length)
 
 
@@ -64,10 +64,10 @@ def resolve_ceiling(
         return DensityCeiling(config.max_density, from_length=1) if is_on else None
     if device.type != "cuda" or has_cuda_graphs or config.is_dense:
         return None
-    return DensityCeiling(GPU_MAX_DENSITY, find_ceiling_start(device), binds_flash=False)
+    return DensityCeiling(GPU_MAX_DENSITY, _find_ceiling_start(device), binds_flash=False)
 
 
-def find_ceiling_start(device: torch.device) -> int:
+def _find_ceiling_start(device: torch.device) -> int:
     """Return the length in tokens from which on a ceiling on density costs nothing on a device."""
     return CEILING_FROM.get(name_device(device), _CEILING_FROM_UNKNOWN_GPU)
 

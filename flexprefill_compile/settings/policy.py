@@ -25,7 +25,7 @@ from .checks import (
 )
 from .registry import check_estimator, name_estimator
 
-FORMAT = 1
+_FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class Policy:
             str(layer): settings.overrides() | ({"dense": True} if settings.dense else {})
             for layer, settings in dict(self.layers).items()
         }
-        content = {"format": FORMAT, "model": dataclasses.asdict(self.model), "layers": layers}
+        content = {"format": _FORMAT, "model": dataclasses.asdict(self.model), "layers": layers}
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -155,8 +155,8 @@ class Policy:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise InvalidOptionError(f'it must be a JSON object with "format": {FORMAT}')
+            if not isinstance(content, dict) or content.get("format") != _FORMAT:
+                raise InvalidOptionError(f'it must be a JSON object with "format": {_FORMAT}')
             layers = {int(layer): LayerPolicy(**settings) for layer, settings in content["layers"].items()}
             return cls(ModelShape(**content["model"]), layers)
         except KeyError as error:

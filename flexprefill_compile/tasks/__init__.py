@@ -1,5 +1,5 @@
-"""Long-context tasks, made from seeds and without a network, and ``flexprefill evaluate``, which runs them.
+"""Long-context tasks, and their scores after dense and sparse prefill. Law: the same seed makes the same samples.
 
-One file a family makes samples, listed in registry; scoring scores them after a dense and a sparse prefill, comparison
-puts both side by side, and summary prints them.
+``table.py`` lists the tasks, each a file of ``kinds/``; ``evaluation.py`` runs them, ``scoring.py`` scores a sample,
+``comparison.py`` puts dense and sparse side by side, and ``summary.py`` makes the table.
 """

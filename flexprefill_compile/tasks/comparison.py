@@ -12,7 +12,7 @@ from .scoring import Score
 from .table import TEXTS
 
 # Nats a token that two exact computations of the same attention may differ by: less than this is no difference.
-ROUNDING = 1e-4
+_ROUNDING = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """``worse`` or ``better`` where an interval lies wholly on one side of zero, else ``no difference seen``."""
-        if self.interval.is_below(-ROUNDING) or self.accuracy_interval.is_below(0):
+        if self.interval.is_below(-_ROUNDING) or self.accuracy_interval.is_below(0):
             return "worse"
-        if self.interval.is_above(ROUNDING) or self.accuracy_interval.is_above(0):
+        if self.interval.is_above(_ROUNDING) or self.accuracy_interval.is_above(0):
             return "better"
         return "no difference seen"
 

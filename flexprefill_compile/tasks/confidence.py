@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
-LEVEL = 0.95
+_LEVEL = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ConfidenceInterval:
 EVERYTHING = ConfidenceInterval(-math.inf, math.inf)
 
 
-def compute_mean_interval(differences: Sequence[float], level: float = LEVEL) -> ConfidenceInterval:
+def compute_mean_interval(differences: Sequence[float], level: float = _LEVEL) -> ConfidenceInterval:
     """Compute Student's interval of the mean of paired differences; one sample alone says nothing.
 
     Args:
@@ -44,7 +44,7 @@ def compute_mean_interval(differences: Sequence[float], level: float = LEVEL) ->
     return ConfidenceInterval(mean - reach, mean + reach)
 
 
-def compute_share_interval(dense: Sequence[bool], sparse: Sequence[bool], level: float = LEVEL) -> ConfidenceInterval:
+def compute_share_interval(dense: Sequence[bool], sparse: Sequence[bool], level: float = _LEVEL) -> ConfidenceInterval:
     """Compute the interval of the difference of two shares, sparse minus dense, of the same samples.
 
     It has a width even if both agree on every sample. Newcombe 1998, "Improved confidence intervals for the difference
@@ -72,7 +72,7 @@ def compute_share_interval(dense: Sequence[bool], sparse: Sequence[bool], level:
     return ConfidenceInterval(share - other - low, share - other + high)
 
 
-def compute_wilson_interval(number: int, count: int, level: float = LEVEL) -> ConfidenceInterval:
+def compute_wilson_interval(number: int, count: int, level: float = _LEVEL) -> ConfidenceInterval:
     """Compute Wilson's score interval of a share, ``number`` of ``count``."""
     z = statistics.NormalDist().inv_cdf((1 + level) / 2)
     share = number / count

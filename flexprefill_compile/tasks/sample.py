@@ -98,7 +98,7 @@ def hide_in_filler(
     if room < 0:
         raise PromptTooShortError(request.prompt_tokens - room)
     pieces = fill(request, room, filler)
-    places = [place_at_depth(pieces, depth) for depth, _ in facts]
+    places = [_place_at_depth(pieces, depth) for depth, _ in facts]
     tokens = start
     for number in range(len(pieces) + 1):
         for place, insert in zip(places, inserts, strict=True):
@@ -121,7 +121,7 @@ def fill(request: Request, num_tokens: int, filler: Filler) -> list[list[int]]:
     return pieces[::-1]
 
 
-def place_at_depth(pieces: Sequence[Sequence[int]], depth: float) -> int:
+def _place_at_depth(pieces: Sequence[Sequence[int]], depth: float) -> int:
     """Return how many whole pieces stand before a depth: the boundary between pieces that is nearest to it."""
     wanted = depth * sum(map(len, pieces))
     best, best_distance, passed = 0, wanted, 0

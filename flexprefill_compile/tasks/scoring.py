@@ -21,7 +21,7 @@ from ..errors import UsageError
 from .sample import Sample
 
 # Tokens at the end of a text that are scored, at most; at most half of the shortest text.
-TEXT_TOKENS = 1024
+_TEXT_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def score_sample(prefill: Callable[..., Any], model: Any, sample: Sample, text_t
     with torch.no_grad():
         output = prefill(prompt, use_cache=True, logits_to_keep=text_tokens + 1)
         if not sample.answer:
-            return score_tokens(output.logits[0, -text_tokens - 1 : -1], prompt[0, -text_tokens:])
+            return _score_tokens(output.logits[0, -text_tokens - 1 : -1], prompt[0, -text_tokens:])
         if getattr(output, "past_key_values", None) is None:
             raise UsageError(f"model must be a causal language model with a cache, got {type(model).__name__}")
         answer = torch.tensor([sample.answer], device=model.device)
@@ -64,16 +64,16 @@ def score_sample(prefill: Callable[..., Any], model: Any, sample: Sample, text_t
         if answer.shape[1] > 1:
             rest = model(answer[:, :-1], past_key_values=output.past_key_values, use_cache=True)
             logits = torch.cat([logits, rest.logits[0]])
-        score = score_tokens(logits, answer[0])
+        score = _score_tokens(logits, answer[0])
         return dataclasses.replace(score, accuracy=float(score.accuracy == 1))
 
 
 def count_text_tokens(samples: Iterable[Sample]) -> int:
     """Return how many tokens at the end of a text are scored: as many for every length, so that they compare."""
-    return min(TEXT_TOKENS, min(len(sample.prompt) for sample in samples) // 2)
+    return min(_TEXT_TOKENS, min(len(sample.prompt) for sample in samples) // 2)
 
 
-def score_tokens(logits: Tensor, targets: Tensor) -> Score:
+def _score_tokens(logits: Tensor, targets: Tensor) -> Score:
     """Score tokens by the logits that predict them: (N, vocabulary) floating point, (N,) int64."""
     log_likelihoods = logits.float().log_softmax(-1).gather(-1, targets[:, None])
     is_right = logits.argmax(-1) == targets

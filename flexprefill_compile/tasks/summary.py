@@ -10,7 +10,7 @@ from .comparison import Comparison
 from .confidence import EVERYTHING, ConfidenceInterval
 from .scoring import Score
 
-HEADER = ("task", "tokens", "estimator", "dense", "sparse", "difference", "95 % interval", "right, dense", "sparse")
+_HEADER = ("task", "tokens", "estimator", "dense", "sparse", "difference", "95 % interval", "right, dense", "sparse")
 
 
 def summarise(comparisons: Sequence[Comparison]) -> str:
@@ -18,7 +18,7 @@ def summarise(comparisons: Sequence[Comparison]) -> str:
     ordered = sorted(comparisons, key=lambda comparison: comparison.length)
     tasks = list(dict.fromkeys(comparison.task for comparison in comparisons))
     ordered.sort(key=lambda comparison: tasks.index(comparison.task))
-    table = format_table((*HEADER, "blocks", "sparse is"), [_format_row(comparison) for comparison in ordered])
+    table = format_table((*_HEADER, "blocks", "sparse is"), [_format_row(comparison) for comparison in ordered])
     estimators = dict.fromkeys(comparison.estimator for comparison in comparisons)
     verdicts = [describe(name, [c for c in ordered if c.estimator == name]) for name in estimators]
     return "\n".join([table, "", *verdicts])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from helpers import masks
-from helpers.masked_calls import BLOCK, SCALE, configs, draw_qk, seeds, select
+from helpers.masks import BLOCK, SCALE, configs, draw_qk, seeds, select
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

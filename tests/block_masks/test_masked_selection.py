@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import masks
 from helpers.inputs import random_qk, structured_qk
-from helpers.masked_calls import BLOCK, RULE, SCALE, configs, draw_qk, seeds, select
+from helpers.masks import BLOCK, RULE, SCALE, configs, draw_qk, seeds, select
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

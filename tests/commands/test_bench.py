@@ -22,7 +22,7 @@ SHAPE = ["--device", "cpu", "--heads", "4", "2"]
 def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
     """Run it once: its JSON, its output and its plot."""
     folder = tmp_path_factory.mktemp("bench")
-    (folder / "peers.py").write_text("from models import causal_attention as attend\n")
+    (folder / "peers.py").write_text("from helpers.models import causal_attention as attend\n")
     patch, lines = pytest.MonkeyPatch(), []
     patch.syspath_prepend(str(folder))
     patch.setattr("builtins.print", lambda *parts: lines.append(" ".join(parts)))

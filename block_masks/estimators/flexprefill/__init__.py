@@ -1,1 +1,1 @@
-"""The paper's estimator, FlexPrefill (arXiv 2502.20766): one algorithm a file."""
+"""FlexPrefill (arXiv 2502.20766): one of the paper's algorithms a file, for causal attention and under a mask."""

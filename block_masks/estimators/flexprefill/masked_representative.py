@@ -16,11 +16,11 @@ from .representative import RepresentativeAttention, sum_diagonals
 
 
 class ScoreRule(NamedTuple):
-    """How a score comes about: softcap * tanh(scale * q.k / softcap) + bias.
+    """The formula of a score: softcap * tanh(scale * q.k / softcap) + bias.
 
     Attributes:
         scale: Factor on q.k.
-        softcap: None is none.
+        softcap: None for none.
         bias: (B|1, H|1, num_k_blocks, block_size, block_size) for the representative queries, as their row_mask; None
             is none.
     """
@@ -34,13 +34,13 @@ class ScoreRule(NamedTuple):
         return apply_softcap(scores, self.softcap)
 
 
-class MaskedAttention(NamedTuple):
-    """Where the representative queries of each sequence look, and what must be known beside.
+class _MaskedAttention(NamedTuple):
+    """The pooled attention of each sequence's representative queries.
 
     Attributes:
         pooled: ``columns`` (B, H, num_k_blocks) and ``diagonals`` (B, H, num_slots), of which slot first_block + d is
             diagonal d of a sequence. Each sums to 1 over a sequence that has representative queries.
-        is_seen: (B|1, H|1, num_k_blocks) bool, the blocks of which they see anything.
+        is_seen: (B|1, H|1, num_k_blocks) bool, the blocks of which they see any key.
         is_finite: (B, H) bool, whether all their scores are.
     """
 
@@ -51,7 +51,7 @@ class MaskedAttention(NamedTuple):
 
 def compute_masked_attention(
     query: Tensor, key: Tensor, facts: MaskFacts, rule: ScoreRule, segments: Segments | None, dtype: torch.dtype
-) -> MaskedAttention:
+) -> _MaskedAttention:
     """Pool softmax(Q^ K^T) of each sequence onto its key blocks and block diagonals.
 
     As in ``compute_representative_attention``, the scores are made twice, a chunk of key blocks at a time. Memory peaks
@@ -74,7 +74,7 @@ def compute_masked_attention(
     row_sees = facts.row_mask.any(-1)
     segments_of_rows = None if segments is None else Segments(segments.first.unsqueeze(1), segments.last.unsqueeze(1))
     log_total = logsumexp_segments(log_sums.mT, segments_of_rows).mT
-    # A row that sees nothing: its scores are -inf and stay so.
+    # The scores of a row that sees nothing stay -inf.
     log_total = log_total.masked_fill(log_total == -torch.inf, 0).expand_as(log_sums).unflatten(1, heads)
 
     columns, anti_diagonals = [], []
@@ -83,7 +83,7 @@ def compute_masked_attention(
         columns.append(mass.sum((-2, -1)).flatten(1, 2))
         anti_diagonals.append(sum_diagonals(mass).flatten(1, 2))
     diagonals = _pool_anti_diagonals(torch.cat(anti_diagonals, dim=2), facts, is_packed=segments is not None)
-    return MaskedAttention(
+    return _MaskedAttention(
         RepresentativeAttention(_normalise(torch.cat(columns, dim=2), segments), _normalise(diagonals, segments)),
         is_seen=row_sees.any(-1),
         is_finite=(log_sums.isfinite() | ~row_sees).all(-1).all(-1),
@@ -164,7 +164,7 @@ def _pool_anti_diagonals(mass: Tensor, facts: MaskFacts, *, is_packed: bool) -> 
     past_middle = last_row % block_size - torch.arange(num_entries, device=device)
     distance = (past_middle.unsqueeze(-1) + steps * block_size).abs()
     shares = (1 - distance.to(mass.dtype) / block_size).clamp(min=0)
-    crossing = (mass.unsqueeze(-2) @ shares.unsqueeze(1)).squeeze(-2) if is_packed else mass @ shares
+    by_diagonal = (mass.unsqueeze(-2) @ shares.unsqueeze(1)).squeeze(-2) if is_packed else mass @ shares
 
     block = torch.arange(num_blocks, device=device).unsqueeze(-1)
     diagonal = last_row.div(block_size, rounding_mode="floor") + facts.block_offset - block - steps
@@ -172,7 +172,7 @@ def _pool_anti_diagonals(mass: Tensor, facts: MaskFacts, *, is_packed: bool) -> 
     # float64, in which the order of the additions, which a GPU leaves open, hardly ever shows.
     pooled = mass.new_zeros(batch, heads, num_blocks + (not is_packed), dtype=torch.float64)
     index = slots.flatten(1).unsqueeze(1).expand(batch, heads, -1)
-    return pooled.scatter_add_(-1, index, crossing.flatten(2).double()).to(mass.dtype)
+    return pooled.scatter_add_(-1, index, by_diagonal.flatten(2).double()).to(mass.dtype)
 
 
 def clamp_diagonals(diagonal: Tensor, first_block: Tensor, last_block: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Algorithm 1 up to the budgets, under any mask: the steps of ``flexprefill.py`` for each sequence that it holds."""
+"""Algorithm 1 up to the budgets, under any mask: the steps of ``causal_selection.py`` for each of its sequences."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def list_segments(facts: MaskFacts) -> Segments | None:
 
 
 def list_candidates(facts: MaskFacts) -> Tensor:
-    """Return the possible blocks that the estimates speak of: counted queries and keys of one sequence."""
+    """Return the possible blocks that hold counted queries and keys of one sequence: those that estimates cover."""
     rows, columns = facts.query_counts.any(-1).unsqueeze(-1), facts.key_counts.any(-1).unsqueeze(-2)
     of_one_sequence = facts.first_block.unsqueeze(-1) == facts.first_block.unsqueeze(-2)
     return facts.possible & (rows & columns & of_one_sequence).unsqueeze(1)

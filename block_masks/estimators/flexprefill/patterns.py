@@ -12,7 +12,7 @@ from ...segments import Segments, logsumexp_segments, sum_segments
 def is_query_aware(
     pooled_queries: Tensor, pooled_key: Tensor, true_columns: Tensor, scale: float, tau: float
 ) -> Tensor:
-    """Tell for each head whether its cheap pooled estimate can be trusted; otherwise it is vertical-slash.
+    """Tell for each head whether it is query-aware: whether its pooled estimate can be trusted.
 
     Args:
         pooled_queries: (B, H, 1, D), mean of the representative queries.
@@ -55,15 +55,15 @@ def measure_masked_distance(logits: Tensor, is_seen: Tensor, true_columns: Tenso
     """Return the distance of each sequence, arguments and shape as in ``is_masked_query_aware``."""
     logits = logits.masked_fill(~is_seen, -torch.inf)
     estimated_columns = (logits - logsumexp_segments(logits, segments)).exp().masked_fill(~is_seen, 0)
-    return compute_js_distances(estimated_columns, true_columns, segments)
+    return _compute_js_distances(estimated_columns, true_columns, segments)
 
 
 def compute_js_distance(p: Tensor, q: Tensor) -> Tensor:
     """Return the square root of the Jensen-Shannon divergence in nats, in [0, sqrt(ln 2)]: (..., N) to (...)."""
-    return compute_js_distances(p, q, None).squeeze(-1)
+    return _compute_js_distances(p, q, None).squeeze(-1)
 
 
-def compute_js_distances(p: Tensor, q: Tensor, segments: Segments | None) -> Tensor:
+def _compute_js_distances(p: Tensor, q: Tensor, segments: Segments | None) -> Tensor:
     """Return the distance of each segment: (..., N) to (..., 1) for one segment a row, else to (..., N).
 
     Written as entropies, where a bin of zero mass counts as zero instead of NaN.

@@ -62,17 +62,17 @@ def select_head(query: Tensor, key: Tensor, scale: float, config: SparsePrefillC
     pooled_query = torch.stack([rows.mean(0) for rows in query.split(block)])
     pooled_key = torch.stack([rows.mean(0) for rows in key.split(block)])
     estimate = torch.softmax(pooled_key @ query[first_row:].mean(0) * scale, 0)
-    distance = js_distance(estimate.tolist(), columns.tolist())
+    distance = _js_distance(estimate.tolist(), columns.tolist())
 
     if distance < config.tau:
         scores = torch.zeros(num_blocks, num_blocks, dtype=torch.float64)
         for row in range(num_blocks):
             scores[row, : row + 1] = torch.softmax(pooled_key[: row + 1] @ pooled_query[row] * scale, 0)
-        chosen = fewest_reaching(scores.flatten().tolist(), config.gammas[0])
+        chosen = _fewest_reaching(scores.flatten().tolist(), config.gammas[0])
         selected = {divmod(index, num_blocks) for index in chosen}
     else:
-        kept_columns = fewest_reaching(columns.tolist(), config.gammas[0])
-        kept_diagonals = fewest_reaching(diagonals.tolist(), config.gammas[0])
+        kept_columns = _fewest_reaching(columns.tolist(), config.gammas[0])
+        kept_diagonals = _fewest_reaching(diagonals.tolist(), config.gammas[0])
         scores = torch.zeros(num_blocks, num_blocks, dtype=torch.float64)
         selected = set()
         for row in range(num_blocks):
@@ -97,7 +97,7 @@ def select_head(query: Tensor, key: Tensor, scale: float, config: SparsePrefillC
     )
 
 
-def fewest_reaching(mass: list[float], gamma: float) -> set[int]:
+def _fewest_reaching(mass: list[float], gamma: float) -> set[int]:
     """Return the fewest entries whose sum reaches ``gamma`` of the total, the largest first."""
     total = math.fsum(mass)
     chosen: set[int] = set()
@@ -110,7 +110,7 @@ def fewest_reaching(mass: list[float], gamma: float) -> set[int]:
     return chosen
 
 
-def js_distance(p: list[float], q: list[float]) -> float:
+def _js_distance(p: list[float], q: list[float]) -> float:
     """Return the square root of the Jensen-Shannon divergence in nats."""
 
     def divergence_from_mean(x: list[float], y: list[float]) -> float:

@@ -12,7 +12,7 @@ from ...layout import sum_blocks
 
 
 class RepresentativeAttention(NamedTuple):
-    """Where the representative queries look; each tensor sums to 1 along its last axis.
+    """The pooled attention of the representative queries; each tensor sums to 1 along its last axis.
 
     Attributes:
         columns: (B, H, num_blocks), mass of each key block.
@@ -42,7 +42,7 @@ def compute_representative_attention(
     """
     batch, heads, num_rows, head_dim = queries.shape
     num_kv_heads, length = key.shape[1:3]
-    # Last query first: a row's distance to the end then equals its index, which pays off in sum_diagonals.
+    # Last query first: a row's distance to the end is its index, as sum_diagonals needs.
     rows = (queries.flip(-2) * scale).reshape(batch, num_kv_heads, -1, head_dim)
     chunk_tokens = max(block_size, SCORES_AT_ONCE[key.device.type] // (batch * heads * num_rows))
     row_positions = torch.arange(length - 1, length - 1 - num_rows, -1, device=key.device)
@@ -72,11 +72,11 @@ def compute_representative_attention(
     offsets = distances_to_end[..., :length].flip(-1)
     return RepresentativeAttention(
         columns=sum_blocks(columns, block_size) / num_rows,
-        diagonals=pool_offsets(offsets, block_size) / num_rows,
+        diagonals=_pool_offsets(offsets, block_size) / num_rows,
     )
 
 
-def pool_offsets(offset_mass: Tensor, block_size: int) -> Tensor:
+def _pool_offsets(offset_mass: Tensor, block_size: int) -> Tensor:
     """Pool mass per token offset onto block diagonals.
 
     A diagonal of offset o = query - key crosses block diagonals o // block_size and the next one, in shares

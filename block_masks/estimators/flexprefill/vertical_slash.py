@@ -20,8 +20,8 @@ def select_vertical_slash(attention: RepresentativeAttention, gamma: Share) -> t
         Source: FlexPrefill, Algorithm 3.
     """
     columns = select_cumulative(attention.columns, gamma).unsqueeze(-2)
-    diagonals = spread_diagonals(select_cumulative(attention.diagonals, gamma))
-    score = torch.maximum(attention.columns.unsqueeze(-2), spread_diagonals(attention.diagonals))
+    diagonals = _spread_diagonals(select_cumulative(attention.diagonals, gamma))
+    score = torch.maximum(attention.columns.unsqueeze(-2), _spread_diagonals(attention.diagonals))
     return columns | diagonals, score
 
 
@@ -51,7 +51,7 @@ def select_masked_vertical_slash(
     return columns | diagonals, score
 
 
-def spread_diagonals(diagonals: Tensor) -> Tensor:
+def _spread_diagonals(diagonals: Tensor) -> Tensor:
     """Write entry d of (..., num_blocks) to the blocks of diagonal d: (..., num_blocks, num_blocks)."""
     block = torch.arange(diagonals.shape[-1], device=diagonals.device)
     return diagonals[..., (block[:, None] - block).clamp(min=0)]

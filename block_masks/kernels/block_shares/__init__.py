@@ -1,1 +1,1 @@
-"""Block shares by Triton kernels: the same as ``estimators/block_shares.py``, and no scores are written."""
+"""Attention pooled by block, by Triton kernels that write no scores: what ``estimators/block_shares.py`` computes."""

@@ -1,1 +1,1 @@
-"""Selection by Triton kernels, from inputs or an estimator's scores to tables: each kernel stands beside its launch."""
+"""Selection by Triton kernels, from inputs or block scores to tables: one kernel and its launch a file."""

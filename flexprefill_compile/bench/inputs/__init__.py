@@ -1,1 +1,1 @@
-"""What the benchmarks attend over: queries, keys and values, one file a kind."""
+"""What the benchmarks attend over. Law: one file a kind, each makes (query, key, value), the same for the same seed."""

@@ -1,1 +1,1 @@
-"""Clocks, and what is timed beside sparse prefill: dense attention, and the speeds of the device itself."""
+"""Clocks, dense attention, the speeds of the device. Law: a time is a mean of warm calls, in milliseconds."""

@@ -22,8 +22,8 @@ SELECTION_STAGES = (
     "pack_blocks",
 )
 # By what is in the names of kernels: the Triton template's and flash-attn-4's.
-ATTENTION_KERNELS = ("flex_attention", "flash_fwd")
-PROFILED_CALLS = 5
+_ATTENTION_KERNELS = ("flex_attention", "flash_fwd")
+_PROFILED_CALLS = 5
 
 
 def capture(run: Callable[[], object]) -> Callable[[], None]:
@@ -50,13 +50,13 @@ def measure_peak_mib(run: Callable[[], object]) -> float:
 def time_stages(run: Callable[[], object]) -> dict[str, float]:
     """Return the milliseconds of each of our kernels and of FlexAttention's in a call, by the profiler."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(PROFILED_CALLS):
+        for _ in range(_PROFILED_CALLS):
             run()
         torch.cuda.synchronize()
     times = dict.fromkeys((*SELECTION_STAGES, ATTENTION), 0.0)
-    kernels = {stage: (stage,) for stage in SELECTION_STAGES} | {ATTENTION: ATTENTION_KERNELS}
+    kernels = {stage: (stage,) for stage in SELECTION_STAGES} | {ATTENTION: _ATTENTION_KERNELS}
     for event in profiler.key_averages():
         for stage, names in kernels.items():
             if any(name in event.key for name in names):
-                times[stage] += event.device_time_total / PROFILED_CALLS / 1e3
+                times[stage] += event.device_time_total / _PROFILED_CALLS / 1e3
     return times

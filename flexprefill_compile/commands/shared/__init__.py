@@ -1,1 +1,1 @@
-"""What several commands use; nothing here knows a single command."""
+"""What several commands use. Law: nothing here knows a single command."""

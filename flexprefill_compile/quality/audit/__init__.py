@@ -1,1 +1,1 @@
-"""What one sparse prefill kept and lost, per attention call, layer and head."""
+"""What one sparse prefill kept and lost, by call and head. Law: what is measured is the compiled prefill itself."""

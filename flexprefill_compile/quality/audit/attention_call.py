@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flexprefill_compile.block_masks.attention_inputs import SCORES_AT_ONCE
-from flexprefill_compile.block_masks.layout import sum_blocks, unpack_blocks
+from flexprefill_compile.block_masks.layout import compute_density, sum_blocks, unpack_blocks
 from flexprefill_compile.block_masks.observed_attention import ObservedAttention
 
 
@@ -102,21 +102,12 @@ def measure_call(call: ObservedAttention, block_size: int) -> CallMeasurement:
     return CallMeasurement(
         recall=recall.cpu(),
         error=(totals[:, 0] / totals[:, 1]).sqrt().cpu(),
-        density=_measure_density(call).mean(0).cpu(),
+        density=compute_density(call.tables, None if call.facts is None else call.facts.possible).mean(0).cpu(),
         is_counted=is_counted.cpu(),
         picture=BlockPicture(
             call.name, worst, call.rows.cpu(), attention[0, worst].cpu(), selected[0, worst].cpu(), block_size
         ),
     )
-
-
-def _measure_density(call: ObservedAttention) -> Tensor:
-    """Return the share computed of the blocks that dense attention would compute, (B, H)."""
-    computed = (call.tables.kv_num_blocks + call.tables.full_kv_num_blocks).sum(-1)
-    if call.facts is not None:
-        return computed / call.facts.possible.sum((-2, -1)).clamp(min=1)
-    num_blocks = call.tables.kv_num_blocks.shape[-1]
-    return computed / (num_blocks * (num_blocks + 1) / 2)
 
 
 def _find_worst_head(recall: Tensor, is_counted: Tensor) -> int:

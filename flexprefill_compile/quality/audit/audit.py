@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flexprefill_compile.block_masks import create_prefill_block_mask
+from flexprefill_compile.block_masks.layout import count_causal_blocks
 from flexprefill_compile.block_masks.observed_attention import ObservedAttention
 from flexprefill_compile.passes.layer_config import config_for_layer, number_layer
 
@@ -134,6 +135,6 @@ def measure_shorter_prompts(call: ObservedAttention, config: SparsePrefillConfig
         num_blocks = mask.kv_num_blocks.shape[-1]
         full = 0 if mask.full_kv_num_blocks is None else mask.full_kv_num_blocks
         computed = (mask.kv_num_blocks + full).sum(-1)
-        densities[length] = (computed / (num_blocks * (num_blocks + 1) / 2)).mean().item()
+        densities[length] = (computed / count_causal_blocks(num_blocks)).mean().item()
         length //= 2
     return densities

@@ -21,7 +21,7 @@ from ...settings.config import SparsePrefillConfig
 
 QUERY_AWARE = "query-aware"
 VERTICAL_SLASH = "vertical-slash"
-MIXED = "mixed"
+_MIXED = "mixed"
 
 
 def find_patterns(call: ObservedAttention, config: SparsePrefillConfig) -> list[tuple[str, float | None]]:
@@ -38,7 +38,7 @@ def find_patterns(call: ObservedAttention, config: SparsePrefillConfig) -> list[
     distances, weights = _measure(call, config.block_size)
     shares = ((distances < config.tau) * weights).sum((0, 2)) / weights.sum()
     means = (distances * weights).sum((0, 2)) / weights.sum()
-    names = [QUERY_AWARE if share > 1 - 1e-6 else MIXED if share > 0 else VERTICAL_SLASH for share in shares.tolist()]
+    names = [QUERY_AWARE if share > 1 - 1e-6 else _MIXED if share > 0 else VERTICAL_SLASH for share in shares.tolist()]
     return list(zip(names, means.tolist(), strict=True))
 
 

@@ -37,11 +37,11 @@ def save_plots(report: AuditReport, folder: str | Path) -> list[Path]:
         UsageError: The folder can't be written.
     """
     folder = Path(folder)
-    figures = {"heads.png": draw_heads(report)}
+    figures = {"heads.png": _draw_heads(report)}
     if report.pictures:
-        figures["blocks.png"] = draw_blocks(report)
+        figures["blocks.png"] = _draw_blocks(report)
     if len(report.shorter_prompts) > 1:
-        figures["length.png"] = draw_lengths(report)
+        figures["length.png"] = _draw_lengths(report)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
@@ -51,7 +51,7 @@ def save_plots(report: AuditReport, folder: str | Path) -> list[Path]:
     return [folder / name for name in figures]
 
 
-def draw_heads(report: AuditReport) -> Figure:
+def _draw_heads(report: AuditReport) -> Figure:
     """Draw density and recall of every head of every attention call, side by side."""
     num_calls, num_heads = len(report.calls), max(len(call.heads) for call in report.calls)
     figure = _create_figure(11, 2 + 0.16 * num_calls)
@@ -69,7 +69,7 @@ def draw_heads(report: AuditReport) -> Figure:
     return figure
 
 
-def draw_blocks(report: AuditReport) -> Figure:
+def _draw_blocks(report: AuditReport) -> Figure:
     """Draw where the heads of least recall look: in blue what is computed, in red what is left out."""
     pictures = sorted(report.pictures, key=lambda picture: _recall(report, picture))[:_PICTURES]
     figure = _create_figure(11, 5 * ((len(pictures) + 1) // 2))
@@ -80,7 +80,7 @@ def draw_blocks(report: AuditReport) -> Figure:
     return figure
 
 
-def draw_lengths(report: AuditReport) -> Figure:
+def _draw_lengths(report: AuditReport) -> Figure:
     """Draw the share of blocks computed by prompt length."""
     figure = _create_figure(6, 4)
     axes = figure.subplots()

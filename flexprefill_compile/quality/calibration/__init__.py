@@ -1,1 +1,1 @@
-"""The search for the cheapest settings by layer that keep a model's loss within a bound."""
+"""The cheapest settings by layer that keep a bound on loss. Law: what is returned was measured as a whole."""

@@ -20,9 +20,9 @@ from collections.abc import Callable
 from .additive_model import AdditiveModel, Levels, share_blame
 
 # The probe that tells parts apart moves them so many rungs below the cheapest uniform rung that fits.
-PROBE_STEPS = 2
-CORRECTIONS = 6
-FAILED_STEPS = 8
+_PROBE_STEPS = 2
+_CORRECTIONS = 6
+_FAILED_STEPS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Search:
         uniform = [self.measured[self._uniform(rung)] for rung in rungs]
         fits = [number for number, each in enumerate(uniform) if each.loss_increase <= self.max_increase]
         base = fits[0] if fits else len(rungs) - 1
-        probe = max(0, base - PROBE_STEPS)
+        probe = max(0, base - _PROBE_STEPS)
         increases = []
         for part in range(self.num_parts):
             levels = [rungs[base]] * self.num_parts
@@ -134,7 +134,7 @@ class Search:
     def _approach(self, model: AdditiveModel) -> None:
         """Measure what the model predicts to fit; scale its predictions by what came out; again."""
         goal, largest_fitting, smallest_failing = self.max_increase, 0.0, math.inf
-        for _ in range(CORRECTIONS):
+        for _ in range(_CORRECTIONS):
             if not self._has_runs():
                 return
             increase = self._try(model.choose(goal)).loss_increase
@@ -151,7 +151,7 @@ class Search:
     def _step_down(self, model: AdditiveModel) -> None:
         """From the best setting, move single parts one rung down, the most promising first, while the bound holds."""
         failures = 0
-        while failures < FAILED_STEPS and self._has_runs():
+        while failures < _FAILED_STEPS and self._has_runs():
             levels, current = self.best
             steps = [step for step in model.list_steps_down(levels) if step not in self.measured]
             if not steps:

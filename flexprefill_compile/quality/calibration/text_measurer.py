@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flexprefill_compile.block_masks.layout import BlockTables
+from flexprefill_compile.block_masks.layout import BlockTables, compute_density
 
 from ...errors import UsageError
 from ...settings.config import SparsePrefillConfig
@@ -86,7 +86,7 @@ class TextMeasurer:
             if layer not in configs:
                 return None
             tables = self.select(query, key, value, scale, configs[layer])
-            densities[layer].append(compute_causal_density(tables))
+            densities[layer].append(compute_density(tables))
             return attend_selected(query, key, value, tables, scale, configs[layer].block_size)
 
         increase = self._mean_loss(attend) - self.dense.loss
@@ -102,10 +102,3 @@ class TextMeasurer:
             (heads if heads is not None else {}).update(found)
             total += sum_loss(logits[0], text[0])
         return total / sum(text.shape[1] - 1 for text in self.texts)
-
-
-def compute_causal_density(tables: BlockTables) -> Tensor:
-    """Return the share of the causal blocks that each head computes, (B, H)."""
-    num_blocks = tables.kv_num_blocks.shape[-1]
-    computed = (tables.kv_num_blocks + tables.full_kv_num_blocks).sum(-1)
-    return computed / (num_blocks * (num_blocks + 1) / 2)

@@ -1,1 +1,1 @@
-"""The long-context tasks themselves: one file a task."""
+"""The tasks themselves. Law: one file a task, which makes one sample from a request and knows no model."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 Filler = Callable[[random.Random, int], list[str]]
 
-SUBJECTS = (
+_SUBJECTS = (
     "The old gardener",
     "A tall sailor",
     "The baker's daughter",
@@ -25,7 +25,7 @@ SUBJECTS = (
     "The night watchman",
     "The woman with the umbrella",
 )
-VERBS = (
+_VERBS = (
     "carried",
     "looked for",
     "repaired",
@@ -43,7 +43,7 @@ VERBS = (
     "hid",
     "paid for",
 )
-OBJECTS = (
+_OBJECTS = (
     "a wooden ladder",
     "two empty baskets",
     "the brass lamp",
@@ -61,7 +61,7 @@ OBJECTS = (
     "a jar of honey",
     "the longest rope",
 )
-PLACES = (
+_PLACES = (
     "near the river",
     "behind the school",
     "at the market",
@@ -75,7 +75,7 @@ PLACES = (
     "along the canal",
     "inside the barn",
 )
-TIMES = (
+_TIMES = (
     "before breakfast",
     "in the afternoon",
     "after the rain",
@@ -87,7 +87,7 @@ TIMES = (
     "in early spring",
     "while it was snowing",
 )
-PLAIN_WORDS = """
+_PLAIN_WORDS = """
 apple anchor arrow basket beach bell bird blanket boat bottle bridge brush bucket button cabin candle carpet
 castle chain chair cherry circle cloud coat coin corner cotton cousin crown cup curtain desert dinner doctor
 door dragon drum eagle engine farmer feather fence field finger flag flower forest fork garden gate ghost
@@ -99,14 +99,13 @@ road robot roof rope rose salt sand school shadow sheep ship shirt silver singer
 station stone storm street sugar summer table teacher temple tent thunder ticket tiger tower train tree tunnel
 valley village violin wagon wall water wheel whistle window winter wolf wood yellow
 """
-WORDS = tuple(PLAIN_WORDS.split())
+WORDS = tuple(_PLAIN_WORDS.split())
 
 
 def write_sentences(chance: random.Random, count: int) -> list[str]:
     """Return sentences, each with the blank before it."""
-    return [
-        f" {' '.join(chance.choice(part) for part in (SUBJECTS, VERBS, OBJECTS, PLACES, TIMES))}." for _ in range(count)
-    ]
+    parts = (_SUBJECTS, _VERBS, _OBJECTS, _PLACES, _TIMES)
+    return [f" {' '.join(chance.choice(part) for part in parts)}." for _ in range(count)]
 
 
 def choose_words(chance: random.Random, count: int) -> list[str]:

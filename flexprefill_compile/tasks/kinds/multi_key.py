@@ -5,13 +5,13 @@ from __future__ import annotations
 from ..sample import Request, Sample, hide_in_filler
 from .filler import choose_number, choose_words
 
-NUM_KEYS = 8
+_NUM_KEYS = 8
 
 
 def create_multi_key(request: Request) -> Sample:
     """Hide a number for each of eight names; the depths of those asked for are spread evenly over the samples."""
     chance = request.random
-    names = choose_words(chance, NUM_KEYS)
+    names = choose_words(chance, _NUM_KEYS)
     numbers = [choose_number(chance) for _ in names]
     depths = [request.depth, *(chance.random() for _ in names[1:])]
     facts = [

@@ -12,23 +12,23 @@ from ...errors import UsageError
 from ..sample import PromptTooShortError, Request, Sample
 
 # Characters to tokenise for each token wanted, at first; doubled while that is too few.
-CHARACTERS_A_TOKEN = 5
+_CHARACTERS_A_TOKEN = 5
 
 
 def create_prose(request: Request) -> Sample:
     """Take a stretch of Python's language reference; the samples' starts are spread evenly over it."""
-    text = read_reference()
+    text = _read_reference()
     start = int(len(text) * (request.index + request.random.random()) / (request.count + 1))
     start = text.find("\n\n", start) + 2
-    return take_text(request, text[start:] + text[:start])
+    return _take_text(request, text[start:] + text[:start])
 
 
 def create_code(request: Request) -> Sample:
     """Take the source of modules of Python's standard library, in an order drawn by chance."""
-    return take_text(request, read_sources(request.random, CHARACTERS_A_TOKEN * 4 * request.prompt_tokens))
+    return _take_text(request, _read_sources(request.random, _CHARACTERS_A_TOKEN * 4 * request.prompt_tokens))
 
 
-def take_text(request: Request, text: str) -> Sample:
+def _take_text(request: Request, text: str) -> Sample:
     """Return the start of a text, of exactly the tokens wanted.
 
     Raises:
@@ -39,7 +39,7 @@ def take_text(request: Request, text: str) -> Sample:
     room = request.prompt_tokens - len(encoder.start)
     if room < 1:
         raise PromptTooShortError(len(encoder.start) + 1)
-    num_characters = room * CHARACTERS_A_TOKEN
+    num_characters = room * _CHARACTERS_A_TOKEN
     while len(tokens := encoder.encode(text[:num_characters])) < room:
         if num_characters >= len(text):
             raise UsageError(f"the text has {len(tokens)} tokens, fewer than the {room} that are needed")
@@ -48,7 +48,7 @@ def take_text(request: Request, text: str) -> Sample:
 
 
 @functools.cache
-def read_reference() -> str:
+def _read_reference() -> str:
     """Return Python's language reference, as ``help()`` shows it.
 
     Raises:
@@ -62,7 +62,7 @@ def read_reference() -> str:
 
 
 @functools.cache
-def find_sources() -> tuple[Path, ...]:
+def _find_sources() -> tuple[Path, ...]:
     """Return the files of the standard library's own modules, by name.
 
     Raises:
@@ -74,9 +74,9 @@ def find_sources() -> tuple[Path, ...]:
     return files
 
 
-def read_sources(chance: random.Random, num_characters: int) -> str:
+def _read_sources(chance: random.Random, num_characters: int) -> str:
     """Return the sources of modules, one after another, until there are so many characters or no more modules."""
-    files = list(find_sources())
+    files = list(_find_sources())
     chance.shuffle(files)
     sources: list[str] = []
     while files and sum(map(len, sources)) < num_characters:

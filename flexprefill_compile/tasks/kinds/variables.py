@@ -7,25 +7,25 @@ import random
 from ..sample import Request, Sample, hide_in_filler
 from .filler import choose_number
 
-NUM_CHAINS = 2
-CHAIN_LENGTH = 3
-LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
+_NUM_CHAINS = 2
+_CHAIN_LENGTH = 3
+_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 
 
 def create_variables(request: Request) -> Sample:
     """Hide two chains of assignments, and ask for the value of the last variable of one."""
     chance = request.random
-    names = choose_names(chance, NUM_CHAINS * CHAIN_LENGTH)
-    numbers = [choose_number(chance) for _ in range(NUM_CHAINS)]
+    names = _choose_names(chance, _NUM_CHAINS * _CHAIN_LENGTH)
+    numbers = [choose_number(chance) for _ in range(_NUM_CHAINS)]
     facts: list[tuple[float, str]] = []
     for chain, number in enumerate(numbers):
-        members = names[chain * CHAIN_LENGTH : (chain + 1) * CHAIN_LENGTH]
+        members = names[chain * _CHAIN_LENGTH : (chain + 1) * _CHAIN_LENGTH]
         depths = sorted(chance.random() for _ in members)
         facts += [
             (depth, f"\nVariable {name} = {value}\n")
             for depth, name, value in zip(depths, members, (number, *members), strict=False)
         ]
-    last = names[CHAIN_LENGTH - 1]
+    last = names[_CHAIN_LENGTH - 1]
     return hide_in_filler(
         request,
         opening="Variables are set in the text below, to a number or to another variable. Keep track of them.\n\n",
@@ -36,9 +36,9 @@ def create_variables(request: Request) -> Sample:
     )
 
 
-def choose_names(chance: random.Random, count: int) -> list[str]:
+def _choose_names(chance: random.Random, count: int) -> list[str]:
     """Return different names of three letters."""
     names: dict[str, None] = {}
     while len(names) < count:
-        names["".join(chance.choice(LETTERS) for _ in range(3))] = None
+        names["".join(chance.choice(_LETTERS) for _ in range(3))] = None
     return list(names)

@@ -1,4 +1,4 @@
-"""Word counting: which word is the most frequent of a long list? No single place tells. In the manner of RULER."""
+"""Word counting: name the most frequent word of a long list. The answer stands in no single place. As in RULER."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from functools import partial
 from ..sample import Request, Sample, hide_in_filler
 from .filler import choose_words
 
-NUM_OTHERS = 24
+_NUM_OTHERS = 24
 SHARE = 0.25
 
 
 def create_word_count(request: Request) -> Sample:
     """Write a list in which one word has a quarter of all places, and 24 others share the rest."""
-    most_frequent, *others = choose_words(request.random, NUM_OTHERS + 1)
+    most_frequent, *others = choose_words(request.random, _NUM_OTHERS + 1)
     return hide_in_filler(
         request,
         opening="Below is a list of words. One of them stands there far more often than the others.\n\n",

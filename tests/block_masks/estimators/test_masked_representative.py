@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import masks
 from helpers.inputs import qk_of_scores
-from helpers.masked_calls import BLOCK, SCALE, draw_qk, seeds, select
+from helpers.masks import BLOCK, SCALE, draw_qk, seeds, select
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from flexprefill_compile.block_masks.layout import BlockTables, create_causal_grid, pack_causal_blocks
+from flexprefill_compile.block_masks.layout import BlockTables, compute_density, create_causal_grid, pack_causal_blocks
 from flexprefill_compile.errors import UsageError
 from flexprefill_compile.quality.calibration.calibrate import Calibration, calibrate
-from flexprefill_compile.quality.calibration.text_measurer import TextMeasurer, compute_causal_density
+from flexprefill_compile.quality.calibration.text_measurer import TextMeasurer
 from flexprefill_compile.quality.model_prefill import Prompt, prefill_dense, prefill_sparse
 from flexprefill_compile.quality.predictions import sum_loss
 from flexprefill_compile.quality.swapped_attention import attend_selected, swapped_attention
@@ -168,7 +168,7 @@ def test_selected_blocks_are_attended_exactly(length: int) -> None:
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(attend_selected(query, key, value, tables, 0.3, 16), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
-        compute_causal_density(tables), grid.sum((-2, -1)) / (num_blocks * (num_blocks + 1) / 2), atol=1e-6, rtol=1e-6
+        compute_density(tables), grid.sum((-2, -1)) / (num_blocks * (num_blocks + 1) / 2), atol=1e-6, rtol=1e-6
     )
 
 
