@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
@@ -79,12 +78,15 @@ def find_fastest_dense(rows: list[Row]) -> str:
     Raises:
         UsageError: No dense method runs the model's attention.
     """
-    dense = [row for row in rows if row.method.startswith("dense") and not row.note]
+    dense = [row for row in rows if row.method.startswith("dense") and row.figures]
     if not dense:
         raise UsageError(f"no dense backend runs this model's attention: {rows[0].note}")
     longest = max(row.tokens for row in dense)
-    return min((row for row in dense if row.tokens == longest), key=lambda row: row.attention_ms).method
+    return min((row for row in dense if row.tokens == longest), key=lambda row: row.figures["attention_ms"]).method
 
 
 def _write_json(rows: list[Row], path: Path) -> None:
-    path.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    entries = [
+        {"text": row.text, "tokens": row.tokens, "method": row.method, "note": row.note} | row.figures for row in rows
+    ]
+    path.write_text(json.dumps(entries, indent=1) + "\n")

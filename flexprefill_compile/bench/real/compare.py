@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,18 @@ from .prefills import Cost, prefill_for_logits, prefill_for_time
 Announce = Callable[[str], None]
 
 
+class Loss(NamedTuple):
+    """What a prefill's predictions lose.
+
+    Attributes:
+        predictions: Beside those of dense attention.
+        density: Mean share of the causal blocks computed; 1 of dense attention and of a peer, which doesn't tell.
+    """
+
+    predictions: PredictionComparison
+    density: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """What one method did on one prompt.
@@ -24,27 +37,31 @@ class Row:
         text: Name of the text.
         tokens: Length of the prompt.
         method: Name of the method.
-        divergence: Mean KL divergence of the next token's distribution from dense attention's, nats.
-        perplexity_ratio: Perplexity over dense attention's.
-        agreement: Share of positions with the same most likely token.
-        density: Mean share of the causal blocks computed; None of a peer, which doesn't tell.
-        attention_ms: Time of all attention calls.
-        prefill_ms: Time of the whole prefill, to the logits of the last token.
-        peak_mib: Memory at its peak, weights included; 0 on a CPU.
+        loss: Of its predictions, None if it failed.
+        cost: Of its prefill, None if it failed.
         note: Why there are no figures, or empty.
     """
 
     text: str
     tokens: int
     method: str
-    divergence: float = 0.0
-    perplexity_ratio: float = 1.0
-    agreement: float = 1.0
-    density: float | None = 1.0
-    attention_ms: float = 0.0
-    prefill_ms: float = 0.0
-    peak_mib: float = 0.0
+    loss: Loss | None
+    cost: Cost | None
     note: str = ""
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Every figure by its name: KL and times in nats and milliseconds; none if the method failed."""
+        if self.loss is None or self.cost is None:
+            return {}
+        predictions, density = self.loss
+        return {
+            "density": density,
+            "divergence": predictions.divergence,
+            "perplexity_ratio": predictions.perplexity_ratio,
+            "agreement": predictions.agreement,
+            **self.cost._asdict(),
+        }
 
 
 def compare_methods(
@@ -63,37 +80,28 @@ def compare_methods(
         rounds: Timed prefills of each.
         announce: Is told what is done next.
     """
-    rows, notes = {}, {}
+    losses: dict[str, Loss] = {}
+    notes: dict[str, str] = {}
     dense_logits, _ = prefill_for_logits(model, tokens, methods[0])
     for method in methods:
         announce(f"{text}, {tokens.shape[1]} tokens: loss of {method.name}")
         try:
             logits, density = prefill_for_logits(model, tokens, method)
-            rows[method.name] = _describe_loss(compare_predictions(dense_logits, logits, tokens), density)
+            losses[method.name] = Loss(compare_predictions(dense_logits, logits, tokens), density)
             del logits
         except torch.OutOfMemoryError:
             notes[method.name] = "out of memory"
         except Exception as error:  # a peer may fail in any way
             notes[method.name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:200]
     del dense_logits
-    working = [method for method in methods if method.name in rows]
+    working = [method for method in methods if method.name in losses]
     announce(f"{text}, {tokens.shape[1]} tokens: times")
     costs = _time_in_rounds(model, tokens, working, rounds)
+    where = (text, tokens.shape[1])
     return [
-        Row(text, tokens.shape[1], method.name, note=notes[method.name])
-        if method.name in notes
-        else Row(text, tokens.shape[1], method.name, **rows[method.name], **costs[method.name]._asdict())
+        Row(*where, method.name, losses.get(method.name), costs.get(method.name), notes.get(method.name, ""))
         for method in methods
     ]
-
-
-def _describe_loss(comparison: PredictionComparison, density: float) -> dict[str, float]:
-    return {
-        "divergence": comparison.divergence,
-        "perplexity_ratio": comparison.perplexity_ratio,
-        "agreement": comparison.agreement,
-        "density": density,
-    }
 
 
 def _time_in_rounds(model: nn.Module, tokens: Tensor, methods: Sequence[Method], rounds: int) -> dict[str, Cost]:

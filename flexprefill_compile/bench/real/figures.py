@@ -18,29 +18,30 @@ def format_rows(rows: Sequence[Row], dense: str) -> str:
         rows: Of any texts and lengths.
         dense: Name of the method whose times the speed-ups are over.
     """
-    measured = [row for row in rows if not row.note]
+    measured = [row for row in rows if row.figures]
     base = {(row.text, row.tokens): row for row in measured if row.method == dense}
-    lines = [_describe(row, base[row.text, row.tokens]) for row in measured]
+    lines = [_describe(row, base[row.text, row.tokens].figures) for row in measured]
     notes = [f"{row.text} {row.tokens} {row.method}: {row.note}" for row in rows if row.note]
     if not lines:
         return "\n".join(notes)
     return "\n".join([format_table(list(lines[0]), [list(line.values()) for line in lines]), *notes])
 
 
-def _describe(row: Row, base: Row) -> dict[str, str]:
+def _describe(row: Row, base: dict[str, float]) -> dict[str, str]:
+    own = row.figures
     return {
         "text": row.text,
         "tokens": str(row.tokens),
         "method": row.method,
-        "blocks": "" if row.density is None else f"{row.density:.1%}",
-        "KL": f"{row.divergence:.4f}",
-        "ppl ratio": f"{row.perplexity_ratio:.4f}",
-        "top-1": f"{row.agreement:.1%}",
-        "attention ms": f"{row.attention_ms:.1f}",
-        "faster": f"{base.attention_ms / row.attention_ms:.2f}x",
-        "prefill ms": f"{row.prefill_ms:.1f}",
-        "prefill faster": f"{base.prefill_ms / row.prefill_ms:.2f}x",
-        "peak MiB": f"{row.peak_mib:.0f}" if row.peak_mib else "",
+        "blocks": f"{own['density']:.1%}",
+        "KL": f"{own['divergence']:.4f}",
+        "ppl ratio": f"{own['perplexity_ratio']:.4f}",
+        "top-1": f"{own['agreement']:.1%}",
+        "attention ms": f"{own['attention_ms']:.1f}",
+        "faster": f"{base['attention_ms'] / own['attention_ms']:.2f}x",
+        "prefill ms": f"{own['prefill_ms']:.1f}",
+        "prefill faster": f"{base['prefill_ms'] / own['prefill_ms']:.2f}x",
+        "peak MiB": f"{own['peak_mib']:.0f}" if own["peak_mib"] else "",
     }
 
 
@@ -56,10 +57,11 @@ def plot_rows(rows: Sequence[Row], dense: str, title: str, path: Path) -> None:
     figure.suptitle(title)
     for number, (text, tokens) in enumerate(prompts, start=1):
         axes = figure.add_subplot(1, len(prompts), number)
-        own = [row for row in rows if (row.text, row.tokens) == (text, tokens) and not row.note]
-        base = next(row for row in own if row.method == dense)
-        for row in [row for row in own if not row.method.startswith("dense")]:
-            axes.plot(row.divergence, row.attention_ms / base.attention_ms, marker="o", linestyle="", label=row.method)
+        own = {row.method: row.figures for row in rows if (row.text, row.tokens) == (text, tokens) and row.figures}
+        for method, figures in own.items():
+            if not method.startswith("dense"):
+                share = figures["attention_ms"] / own[dense]["attention_ms"]
+                axes.plot(figures["divergence"], share, marker="o", linestyle="", label=method)
         axes.axhline(1, color="grey", linewidth=1)
         axes.set(title=f"{text}, {tokens} tokens", xlabel="KL from dense, nats", ylabel=f"time / {dense}")
         axes.set(xscale="log", yscale="log")

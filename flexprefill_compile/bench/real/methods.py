@@ -35,12 +35,11 @@ class Method(NamedTuple):
 
 def list_dense_methods(device_type: str) -> list[Method]:
     """Return SDPA by each dense backend of a device."""
-    return [
-        Method(
-            f"dense {name}", lambda query, key, value, name=name: bind_dense(name, query, key, value)(), is_dense=True
-        )
-        for name in list_backends(device_type)
-    ]
+
+    def create(name: str) -> Method:
+        return Method(f"dense {name}", lambda *inputs: bind_dense(name, *inputs)(), is_dense=True)
+
+    return [create(name) for name in list_backends(device_type)]
 
 
 def create_sparse_method(text: str) -> Method:

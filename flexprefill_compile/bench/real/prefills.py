@@ -54,9 +54,9 @@ class AttentionClock:
     def total_ms(self) -> float:
         """Return the sum; waits for the device."""
         if not self._is_cuda:
-            return sum(stop - start for start, stop in self._marks) * 1e3
+            return float(sum(stop - start for start, stop in self._marks)) * 1e3
         torch.cuda.synchronize()
-        return sum(start.elapsed_time(stop) for start, stop in self._marks)
+        return float(sum(start.elapsed_time(stop) for start, stop in self._marks))
 
 
 def prefill_for_logits(model: nn.Module, tokens: Tensor, method: Method) -> tuple[Tensor, float]:
