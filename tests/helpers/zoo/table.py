@@ -16,23 +16,24 @@ COLUMNS = {"prefill": "prefill", "padded right": "padded", "second chunk": "seco
 
 PAGE = """# Models
 
-{right} of {total} families of causal language models in transformers run right under the backend at `gamma = 1`,
-{rewritten} of them with every attention call of a prefill rewritten, {padded} with padding too, {chunked} in a second
-chunk of the prompt as well. With {versions}, float32, CPU.
-This page was written by `{command}`.
+{right} of {total} families of causal language models in transformers give right results under the backend
+at `gamma = 1`. In {rewritten} of them every attention call of a prefill is rewritten, in {padded} with padding too,
+in {chunked} also in a second chunk of the prompt. Measured with {versions}, float32, CPU.
+`{command}` writes this page.
 
-Each family is a tiny model: random weights, each kind of layer that its config has, windows of {window} tokens where it
-has windows. Prompts of 150 tokens are compared with the uncompiled model; so are two prompts of unlike lengths, the
-shorter one padded on the right and on the left (real tokens only), and a second chunk of 70 tokens after the first. For
-{thorough} a prefill without cache and a decode step are compared too. "Right" is a relative error of the logits below
-{tolerance:g}, which rounding explains and a key too many or too few does not.
+Each family is a tiny model: random weights, each kind of layer that its config has, windows of {window} tokens if it
+has windows. Its logits are compared with those of the uncompiled model, for a prompt of 150 tokens; for two prompts of
+different lengths, the shorter one padded on the right and on the left (real tokens only); and for a second chunk of 70
+tokens after the first. A prefill without cache and a decode step are compared too for {thorough}.
+"Right" is a relative error of the logits below {tolerance:g}: rounding stays below it, one key too many or too few
+does not.
 {how}
 
-- *Calls* is the number of attention calls of the uncompiled model in a prefill: fused ones, and softmaxes of scores
+- *Calls* is the number of attention calls of the uncompiled model in a prefill: fused calls, and softmaxes of scores
   that the model writes out itself.
-- *Rewritten* calls run sparse below `gamma = 1`: in a plain prefill, in a padded batch, in the second chunk.
-- What is left dense runs as the model wrote it. Such a family, too, runs right; it gains nothing there. A prompt below
-  `min_length` and a decode step are always dense.
+- *Rewritten* calls run sparse below `gamma = 1`. The columns are a plain prefill, a padded batch and the second chunk.
+- Calls left dense run as the model wrote them. Their results are right too, but they gain nothing. Prompts shorter than
+  `min_length` and decode steps are always dense.
 
 {table}
 
@@ -43,7 +44,7 @@ shorter one padded on the right and on the left (real tokens only), and a second
 
 VERSIONS = "transformers {transformers}, torch {torch}"
 HOW = {
-    False: "Rewritten graphs run without code generation, their block tables checked against their masks pair by pair.",
+    False: "Rewritten graphs run without code generation. Their tables are checked against their masks pair by pair.",
     True: "Rewritten graphs are compiled by inductor.",
 }
 
