@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ..errors import UsageError
 from ..settings.config import InvalidOptionError
-from . import audit, bench, bench_model, calibrate, demo, evaluate, tune
+from . import audit, bench, bench_model, bench_real, calibrate, demo, evaluate, tune
 
 
 class Command(Protocol):
@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "tune": tune,
     "bench": bench,
     "bench-model": bench_model,
+    "bench-real": bench_real,
 }
 
 
