@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Collection
 
@@ -39,7 +38,7 @@ def config_for_layer(config: SparsePrefillConfig, layer: int, num_heads: int) ->
         if own.dense:
             return None
         try:
-            config = dataclasses.replace(config, policy=None, **own.overrides())
+            config = config.override(policy=None, **own.overrides())
         except InvalidOptionError as error:
             raise InvalidOptionError(f"layer {layer} of the policy: {error}") from None
     if layer in config.dense_layers:

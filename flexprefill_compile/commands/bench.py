@@ -22,7 +22,7 @@ from ..bench.timing.rates import measure_rates
 from ..errors import UsageError
 from ..report import AttentionSkippedError
 from ..settings.config import KERNEL_BACKENDS, SparsePrefillConfig
-from ..settings.device_defaults import name_device
+from ..settings.device_defaults import name_device, resolve_block_size
 from .shared.arguments import add_layer_shape, positive
 from .shared.checks import check_device, check_heads
 
@@ -37,10 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="where real inputs come from, as for demo (SmolLM2-135M-Instruct)")
     parser.add_argument("--saved", type=Path, metavar="FILE", help="also a (query, key, value) of torch.save")
     parser.add_argument("--lengths", type=positive, nargs="+", default=[8192, 32768, 131072], metavar="N")
-    parser.add_argument("--gamma", type=float, default=config.gamma, help="share of attention to reach")
-    parser.add_argument("--min-budget", type=int, default=config.min_budget, metavar="N")
+    parser.add_argument("--gamma", type=float, help="share of attention to reach (the estimator's)")
+    parser.add_argument("--min-budget", type=int, metavar="N", help="tokens a row computes at least (the estimator's)")
+    parser.add_argument("--block-size", type=positive, metavar="N", help="tokens to a side of a block (the device's)")
     parser.add_argument("--max-budget", type=positive, metavar="N", help="tokens of a row to compute at most")
-    parser.add_argument("--estimator", default="flexprefill", metavar="NAME", help="how blocks are chosen")
+    parser.add_argument("--estimator", default=config.estimator, metavar="NAME", help="how blocks are chosen")
     parser.add_argument("--max-density", type=float, help="also time the call as it runs under this ceiling")
     parser.add_argument("--kernel-backend", default=config.kernel_backend, choices=KERNEL_BACKENDS)
     parser.add_argument("--calls", type=positive, default=15, metavar="N", help="timed calls of each kind, at most")
@@ -58,9 +59,9 @@ def run(arguments: argparse.Namespace) -> None:
         UsageError: The device isn't there, the heads don't match, or a peer or file won't do.
         InvalidOptionError: An option is out of range.
     """
-    config = _read_config(arguments)
     check_device(arguments.device)
     check_heads(arguments.heads)
+    config = _read_config(arguments)
     peers = {path: load_peer(path) for path in arguments.peer}
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
     rates = measure_rates(arguments.device, dtype)
@@ -86,8 +87,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _read_config(arguments: argparse.Namespace) -> SparsePrefillConfig:
-    names = ("gamma", "min_budget", "max_budget", "max_density", "estimator", "kernel_backend")
-    return SparsePrefillConfig(**{name: getattr(arguments, name) for name in names})
+    names = ("gamma", "min_budget", "max_budget", "max_density", "block_size", "estimator", "kernel_backend")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return resolve_block_size(SparsePrefillConfig(**given), given, torch.device(arguments.device))
 
 
 def _measure_row(

@@ -170,7 +170,7 @@ class _Plan:
             pitch,
             max(width, self.num_blocks),
             width,
-            count_blocks(config.min_budget, block_size),
+            count_blocks(config.floor_at(length), block_size),
             0 if config.max_budget is None else config.max_budget // block_size,
             max(0, length - config.dense_last) // block_size if config.dense_last else self.num_blocks,
             *query_strides,

@@ -13,6 +13,7 @@ from flexprefill_compile.block_masks.observed_attention import ObservedAttention
 from flexprefill_compile.passes.layer_config import config_for_layer, number_layer
 
 from ...settings.config import SparsePrefillConfig, split_options
+from ...settings.device_defaults import resolve_block_size
 from ...torch_internals import inductor_option_names
 from ..model_prefill import Model, Prompt, prefill_dense
 from ..predictions import compare_predictions
@@ -55,13 +56,14 @@ def audit(
     """
     config, _ = split_options(options, inductor_option_names())
     prompt = Prompt(args, kwargs)
+    config = resolve_block_size(config, options or {}, prompt.tokens.device)
     prompt.check_length(config.block_size)
     say = progress or (lambda _: None)
     say("dense prefill")
     dense_logits = prefill_dense(model, prompt).cpu()
     say("compiling")
     auditor = _Auditor(config, say)
-    options = {"min_length": 2 * config.block_size} | dict(options or {})
+    options = {"min_length": 2 * config.block_size, "block_size": config.block_size} | dict(options or {})
     sparse = prefill_observed(model, prompt, options, auditor, rows)
     say("comparing predictions")
     return AuditReport(
