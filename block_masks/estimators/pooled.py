@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..attention_inputs import SCORES_AT_ONCE
 from ..layout import pool_blocks, pool_counted_blocks
 from .block_shares import Columns, Rows, compute_block_shares
-from .flexprefill.representative import SCORES_AT_ONCE
 from .inputs import EstimatorInputs
 
 QUERY_STRIDE = 8  # tokens for each query that is looked at, the middle one of them

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from .flexprefill.masked_representative import ScoreRule
 from .flexprefill.masked_selection import choose_masked_flexprefill
 from .inputs import EstimatorInputs
 from .kernel_calls import select_flexprefill
+from .pooled import score_pooled
 from .sampled import score_sampled
 from .scoring import Choose, Score, choose_by_score, choose_masked_by_score, score_by_user, select_by_score
 from .xattention import score_xattention
@@ -54,10 +56,11 @@ class EstimatorRow(BuiltIn):
     score: Score | None = None
 
 
-def _score_with(name: str, score: Score) -> EstimatorRow:
+def _score_with(name: str, score: Score, **defaults: Any) -> EstimatorRow:
     """Return the row of an estimator that scores blocks."""
     return EstimatorRow(
         name=name,
+        **defaults,
         choose=functools.partial(choose_by_score, score),
         choose_masked=functools.partial(choose_masked_by_score, score),
         select_by_kernels=functools.partial(select_by_score, score),
@@ -66,6 +69,7 @@ def _score_with(name: str, score: Score) -> EstimatorRow:
 
 
 _ROWS = (
+    _score_with("pooled", score_pooled, gamma=0.8, min_budget=None, gpu_block_size=64),
     EstimatorRow(
         name="flexprefill",
         choose=choose_flexprefill,
