@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from ..attention_inputs import SCORES_AT_ONCE
+from ..kernels.pooled import POOL_TOKENS, QUERY_STRIDE
 from ..layout import pool_blocks, pool_counted_blocks
 from .block_shares import Columns, Rows, compute_block_shares
 from .inputs import EstimatorInputs
-
-QUERY_STRIDE = 8  # tokens for each query that is looked at, the middle one of them
-POOL_TOKENS = 32  # keys a mean; a smaller block is one mean
 
 
 def score_pooled(inputs: EstimatorInputs) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from .flexprefill.causal_selection import choose_flexprefill
 from .flexprefill.masked_representative import ScoreRule
 from .flexprefill.masked_selection import choose_masked_flexprefill
 from .inputs import EstimatorInputs
-from .kernel_calls import select_flexprefill
+from .kernel_calls import select_flexprefill, select_pooled
 from .pooled import score_pooled
 from .sampled import score_sampled
 from .scoring import Choose, Score, choose_by_score, choose_masked_by_score, score_by_user, select_by_score
@@ -56,11 +55,10 @@ class EstimatorRow(BuiltIn):
     score: Score | None = None
 
 
-def _score_with(name: str, score: Score, **defaults: Any) -> EstimatorRow:
+def _score_with(name: str, score: Score) -> EstimatorRow:
     """Return the row of an estimator that scores blocks."""
     return EstimatorRow(
         name=name,
-        **defaults,
         choose=functools.partial(choose_by_score, score),
         choose_masked=functools.partial(choose_masked_by_score, score),
         select_by_kernels=functools.partial(select_by_score, score),
@@ -69,7 +67,13 @@ def _score_with(name: str, score: Score, **defaults: Any) -> EstimatorRow:
 
 
 _ROWS = (
-    _score_with("pooled", score_pooled, gamma=0.8, min_budget=None, gpu_block_size=64),
+    dataclasses.replace(
+        _score_with("pooled", score_pooled),
+        select_by_kernels=select_pooled,
+        gamma=0.8,
+        min_budget=None,
+        gpu_block_size=64,
+    ),
     EstimatorRow(
         name="flexprefill",
         choose=choose_flexprefill,

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from flexprefill_compile.settings.config import SparsePrefillConfig
 
-from ...estimators.pooled import POOL_TOKENS, QUERY_STRIDE
 from ...gammas import place_gammas
 from ...layout import BlockTables, count_blocks
-from ..launch import Launcher, cdiv, next_power_of_2
+from ...select import first_dense_block
+from ..launch import Launcher, cdiv, next_power_of_2, run_first_that_fits
+from . import POOL_TOKENS, QUERY_STRIDE
 from .keys import pool_keys
 from .select import select_by_pools
 
-logger = logging.getLogger(__name__)
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LARGEST_HEAD_DIM = 256
-MOST_BLOCKS = 16384  # a row of the grid is one vector of registers
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LARGEST_HEAD_DIM = 256
+_MOST_BLOCKS = 16384  # a row of the grid is one vector of registers
 
 
 class Tile(NamedTuple):
@@ -49,9 +46,9 @@ def can_select(query: Tensor, value: Tensor | None, config: SparsePrefillConfig)
     """Tell whether the kernels take these inputs."""
     value_dim = 0 if value is None else value.shape[-1]
     return (
-        query.dtype in DTYPES
-        and max(query.shape[-1], value_dim) <= LARGEST_HEAD_DIM
-        and count_blocks(query.shape[-2], config.block_size) <= MOST_BLOCKS
+        query.dtype in _DTYPES
+        and max(query.shape[-1], value_dim) <= _LARGEST_HEAD_DIM
+        and count_blocks(query.shape[-2], config.block_size) <= _MOST_BLOCKS
     )
 
 
@@ -61,14 +58,14 @@ def try_select(
     """Select by the kernels, or return None where they don't take the inputs or the GPU is too small for a tile."""
     if not can_select(query, value, config):
         return None
-    try:
+
+    def select() -> BlockTables:
         if query.device.index == torch.cuda.current_device():  # entering a context takes as long as a launch
             return select_tables(query, key, value, scale, config, width)
         with torch.cuda.device_of(query):
             return select_tables(query, key, value, scale, config, width)
-    except triton.OutOfResources as error:
-        logger.warning("blocks are selected by plain PyTorch, slower: %s", error)
-        return None
+
+    return run_first_that_fits([select], "blocks are selected")
 
 
 def select_tables(
@@ -87,7 +84,7 @@ def select_tables(
     keys, and with a ceiling four bytes for each block of the grid.
 
     Args:
-        query: (B, H, S, D), one of ``DTYPES``, any strides.
+        query: (B, H, S, D), one of float16, bfloat16 and float32, any strides.
         key: (B, Hkv, S, D), of the same dtype.
         value: (B, Hkv, S, Dv), read for its NaN and inf only; None skips that.
         scale: Factor on the scores.
@@ -127,63 +124,52 @@ class _Plan:
         group, batch_kv_heads = self.heads // self.kv_heads, self.batch * self.kv_heads
         pool = min(POOL_TOKENS, block_size)
         keys, samples = block_size // pool, block_size // QUERY_STRIDE
-        lanes = max(16, next_power_of_2(head_dim))
-        tile = tile or choose_tile(dtype.itemsize, lanes, keys, samples, self.num_blocks * group)
+        lanes, value_lanes = (max(16, next_power_of_2(size)) for size in (head_dim, value[-1]))
+        self.tile = tile = tile or choose_tile(dtype.itemsize, lanes, keys, samples, self.num_blocks * group)
         num_tiles = cdiv(self.num_blocks * group, tile.rows // samples)
         pitch = cdiv(self.num_blocks * keys, tile.columns) * tile.columns
         self.num_means = batch_kv_heads * (pitch * head_dim + 2 * self.num_blocks)  # and faults
         self.counts = (self.batch, self.heads, self.num_blocks)
         self.indices = (*self.counts, width)
-        self.mass_shape = None if width >= self.num_blocks else (*self.counts, self.num_blocks)
-        value_lanes = max(16, next_power_of_2(value[-1]))
-        self.config = config
+        self.masses = (*self.counts, self.num_blocks)
+        self.has_room = width >= self.num_blocks  # for the masses of a row where its indices will lie
+        self.config, self.has_gammas = config, len(config.gammas) > 1
         self.launcher = Launcher(("pooled", device, dtype, layouts, config, width, tile))
-        self.key_grid = (self.num_blocks, batch_kv_heads, 2 if values else 1)
-        self.key_sizes = (
-            length,
-            self.num_blocks,
-            self.kv_heads,
-            batch_kv_heads,
-            pitch,
-            *key_strides,
-            *value_strides,
-        )
-        self.key_constants = {
+        shared = {
+            "length": length,
+            "num_blocks": self.num_blocks,
+            "kv_heads": self.kv_heads,
+            "batch_kv_heads": batch_kv_heads,
+            "pitch": pitch,
             "HEAD_DIM": head_dim,
             "WIDTH": lanes,
+            "BLOCK": block_size,
+            "POOL": pool,
+        }
+        self.key_grid = (self.num_blocks, batch_kv_heads, 2 if values else 1)
+        self.key_arguments = {
+            **shared,
+            **_name_strides("key", key_strides),
+            **_name_strides("value", value_strides),
             "VALUE_DIM": value[-1],
             "VALUE_WIDTH": value_lanes,
-            "BLOCK": block_size,
-            "POOL": pool,
             "TOKENS": min(block_size, max(pool, 16384 // max(lanes, value_lanes))),
         }
-        self.tile = tile
-        self.grid = (num_tiles * batch_kv_heads,)
-        self.sizes = (
-            scale * math.log2(math.e),
-            config.gammas[0],
-            length,
-            self.num_blocks,
-            num_tiles,
-            self.kv_heads,
-            batch_kv_heads,
-            pitch,
-            max(width, self.num_blocks),
-            width,
-            count_blocks(config.floor_at(length), block_size),
-            0 if config.max_budget is None else config.max_budget // block_size,
-            max(0, length - config.dense_last) // block_size if config.dense_last else self.num_blocks,
-            *query_strides,
-        )
         columns = next_power_of_2(self.num_blocks)
-        self.has_gammas = len(config.gammas) > 1
-        self.constants = {
+        self.grid = (num_tiles * batch_kv_heads,)
+        self.arguments = {
+            **shared,
+            **_name_strides("query", query_strides),
+            "scale_log2e": scale * math.log2(math.e),
+            "gamma": config.gammas[0],
+            "num_tiles": num_tiles,
+            "mass_width": max(width, self.num_blocks),
+            "width": width,
+            "min_blocks": count_blocks(config.floor_at(length), block_size),
+            "max_blocks": 0 if config.max_budget is None else config.max_budget // block_size,
+            "first_dense": first_dense_block(length, config),
             "GROUP": group,
-            "BLOCK": block_size,
             "STRIDE": QUERY_STRIDE,
-            "POOL": pool,
-            "HEAD_DIM": head_dim,
-            "WIDTH": lanes,
             "ROWS": tile.rows,
             "COLUMNS": tile.columns,
             "NUM_BLOCKS": columns,
@@ -197,39 +183,39 @@ class _Plan:
 
     def run(self, query: Tensor, key: Tensor, value: Tensor | None) -> BlockTables:
         """Launch, on inputs of the plan's signature."""
-        full_indices = query.new_empty(self.indices, dtype=torch.int32)
         tables = BlockTables(
-            query.new_empty(self.counts, dtype=torch.int32),
-            query.new_empty(self.indices, dtype=torch.int32),
-            query.new_empty(self.counts, dtype=torch.int32),
-            full_indices,
+            kv_num_blocks=query.new_empty(self.counts, dtype=torch.int32),
+            kv_indices=query.new_empty(self.indices, dtype=torch.int32),
+            full_kv_num_blocks=query.new_empty(self.counts, dtype=torch.int32),
+            full_kv_indices=query.new_empty(self.indices, dtype=torch.int32),
         )
         means = query.new_empty(self.num_means)
-        self.launcher.run(
-            pool_keys,
-            self.key_grid,
-            (key, key if value is None else value, means, *self.key_sizes),
-            self.key_constants,
-            num_warps=4,
-        )
-        gammas = place_gammas(self.config, query.device, torch.float32) if self.has_gammas else means
-        # The masses of a row lie where its indices will, if there is room.
-        masses = full_indices if self.mass_shape is None else query.new_empty(self.mass_shape, dtype=torch.int32)
-        self.launcher.run(
-            select_by_pools,
-            self.grid,
-            (query, means, gammas, masses, *tables, *self.sizes),
-            self.constants,
-            num_warps=self.tile.num_warps,
-        )
+        inputs = {"key": key, "value": key if value is None else value, "means": means}
+        self.launcher.run(pool_keys, self.key_grid, self.key_arguments | inputs, num_warps=4)
+        buffers = {
+            "query": query,
+            "means": means,
+            "gammas": place_gammas(self.config, query.device, torch.float32) if self.has_gammas else means,
+            "masses": tables.full_kv_indices if self.has_room else query.new_empty(self.masses, dtype=torch.int32),
+            "diagonal_counts": tables.kv_num_blocks,
+            "diagonal_indices": tables.kv_indices,
+            "full_counts": tables.full_kv_num_blocks,
+            "full_indices": tables.full_kv_indices,
+        }
+        self.launcher.run(select_by_pools, self.grid, self.arguments | buffers, num_warps=self.tile.num_warps)
         return tables
+
+
+def _name_strides(tensor: str, strides: tuple[int, ...]) -> dict[str, int]:
+    """Return the strides of (B, H, S, D) as a kernel takes them."""
+    names = (f"{tensor}_{axis}" for axis in ("batch", "head", "token", "feature"))
+    return dict(zip(names, strides, strict=True))
 
 
 def choose_tile(element_size: int, lanes: int, keys: int, samples: int, num_segments: int) -> Tile:
     """Return the sizes of a program."""
-    rows, columns, num_warps, num_stages = (128, 64, 8, 3) if element_size == 2 else (64, 32, 4, 2)
+    rows, columns, num_stages = (64, 64, 3) if element_size == 2 else (64, 32, 2)
     if lanes > 128:
         num_stages = 2
     rows = max(16, samples, min(rows, next_power_of_2(num_segments) * samples))
-    num_warps = num_warps if rows >= 64 else 4
-    return Tile(rows, max(columns, 4 * keys), num_warps, num_stages, 256 * num_warps)
+    return Tile(rows, max(columns, 4 * keys), num_warps=4, num_stages=num_stages, entries=1024)
