@@ -24,7 +24,7 @@ def select_by_oracle(
     """Select for each query block the fewest key blocks whose true mass reaches gamma, under the same floor."""
     mass = compute_block_mass(query, key, scale, config.block_size)
     causal = create_causal_grid(mass.shape[-1], mass.device)
-    floor = count_blocks(config.min_budget, config.block_size)
+    floor = count_blocks(config.floor_at(key.shape[2]), config.block_size)
     return pack_causal_blocks(apply_budget(select_cumulative(mass, config.gamma), mass, causal, floor, None))
 
 

@@ -69,7 +69,7 @@ def select_masked_prefill_blocks(
         selected,
         choice.score,
         optional,
-        min_blocks=count_blocks(config.min_budget, config.block_size),
+        min_blocks=count_blocks(config.floor_at(key.shape[2]), config.block_size),
         max_blocks=None if config.max_budget is None else config.max_budget // config.block_size,
     )
     return torch.where(is_finite[..., None, None], selected | facts.required, possible)

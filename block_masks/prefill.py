@@ -172,7 +172,7 @@ def select_prefill_blocks(
         torch.where(keeps, selected, causal),
         torch.where(keeps, choice.score, (~block_is_finite).to(inputs.dtype).unsqueeze(-2)),
         causal,
-        min_blocks=count_blocks(config.min_budget, block_size),
+        min_blocks=count_blocks(config.floor_at(length), block_size),
         max_blocks=None if config.max_budget is None else config.max_budget // block_size,
     )
 

@@ -56,10 +56,12 @@ class Rewritten:
     Attributes:
         name: Where it stands in the model, as in ``model.get_submodule``.
         shapes: Its sizes.
+        misses_flash: Whether flash-attn-4's kernels would run it, were they installed.
     """
 
     name: str
     shapes: AttentionShapes
+    misses_flash: bool = False
 
     rewritten = True
     reason = None
@@ -107,7 +109,13 @@ class RewriteReport:
             (site.name, site.shapes.query, site.shapes.key, site.shapes.dtype, _outcome(site)) for site in self.sites
         ]
         table = format_table(("attention call", "query", "key", "dtype", "outcome"), rows)
-        return f"{table}\n{self.num_rewritten} of {len(self.sites)} attention calls rewritten"
+        total = f"{self.num_rewritten} of {len(self.sites)} attention calls rewritten"
+        return "\n".join([table, total, *self._list_hints()])
+
+    def _list_hints(self) -> list[str]:
+        num_calls = sum(isinstance(site, Rewritten) and site.misses_flash for site in self.sites)
+        hint = f"flash-attn-4 would run {num_calls} of them faster: pip install 'flexprefill-compile[flash]'"
+        return [hint] if num_calls else []
 
 
 class AttentionSkippedError(PassesThroughDynamo, RuntimeError):

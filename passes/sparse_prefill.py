@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from flexprefill_compile.report import Rewritten, Site, Skipped, SkipReason
@@ -19,7 +20,7 @@ from .lift.lifted_site import LiftedMasks, LiftedSite, lift_site
 from .match.attention import match_attention
 from .match.site import AttentionSite
 from .rewrite.attention import rewrite_attention
-from .rewrite.kernel_options import refuse_flash
+from .rewrite.kernel_options import misses_flash, refuse_flash
 from .rewrite.mask_sharing import MaskSharing
 
 
@@ -69,7 +70,7 @@ class SparsePrefillPass(GraphPass):
         if site.signature in self.failures:
             return Skipped(site.name, site.shapes, SkipReason.LOWERING_FAILED, self.failures[site.signature])
         rewrite_attention(found.lifted, found.config, sharing, self.ceiling, self.observed_rows)
-        return Rewritten(site.name, site.shapes)
+        return Rewritten(site.name, site.shapes, misses_flash=_misses_flash(found))
 
 
 class ConfiguredSite(NamedTuple):
@@ -142,9 +143,17 @@ def _refuse_kernel(lifted: LiftedSite, config: SparsePrefillConfig) -> str | Non
     """Return why a site can't have the kernel that was asked for."""
     if config.kernel_backend != "flash":
         return None
+    return refuse_flash(config, *_examples_of(lifted), is_plain=lifted.is_bare)
+
+
+def _misses_flash(found: ConfiguredSite) -> bool:
+    return misses_flash(found.config, *_examples_of(found.lifted), is_plain=found.lifted.is_bare)
+
+
+def _examples_of(lifted: LiftedSite) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the examples of query, key and value, the query as autocast casts it."""
     query, key, value = (example_of(x) for x in (lifted.site.query, lifted.site.key, lifted.site.value))
-    query = torch.empty_like(query, dtype=lifted.site.dtype)  # as autocast casts it
-    return refuse_flash(config, query, key, value, is_plain=lifted.is_bare)
+    return torch.empty_like(query, dtype=lifted.site.dtype), key, value
 
 
 def find_signatures(graph_module: GraphModule, config: SparsePrefillConfig) -> list[object]:

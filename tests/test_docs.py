@@ -42,7 +42,9 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
             "policy": "none",
             "sequence_parallel": "none",
             "tensor_parallel": "none",
-            "estimator": '`"flexprefill"`',
+            "gamma": str(SparsePrefillConfig().gamma),
+            "min_budget": "512 to 1024",
+            "estimator": '`"pooled"`',
             "on_skip": '`"keep"`',
             "kernel_backend": '`"auto"`',
         }.get(name, str(field.default))

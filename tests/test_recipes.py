@@ -21,7 +21,7 @@ from helpers.checked_attention import without_code_generation
 from flexprefill_compile.block_masks import record_densities
 
 @torch.compile(backend="flexprefill", options={
-    "estimator": "pooled", "gamma": 0.5, "min_budget": 0, "min_length": 1, "block_size": 32
+    "estimator": "means", "gamma": 0.5, "min_budget": 0, "min_length": 1, "block_size": 32
 })
 def attend(query, key, value, mask):
     causal = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -108,7 +108,7 @@ def run(copy: Path, program: str) -> str:
 def test_the_recipe_for_an_estimator(copy: Path) -> None:
     follow("Add an estimator", copy)
     assert run(copy, USE_THE_ESTIMATOR) == "2 sparse calls True\n"
-    assert "| `pooled` |" in (copy / "docs" / "estimators.md").read_text()
+    assert "| `means` |" in (copy / "docs" / "estimators.md").read_text()
 
 
 def test_the_recipe_for_a_command(copy: Path) -> None:

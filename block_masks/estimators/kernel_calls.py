@@ -45,6 +45,17 @@ def select_flexprefill(
     return select.try_select(query, key, value, scale, config, width)
 
 
+def select_pooled(
+    query: Tensor, key: Tensor, value: Tensor | None, scale: float, config: SparsePrefillConfig, width: int
+) -> BlockTables | None:
+    """Select and pack the blocks of causal attention by pooled keys; ``width`` is of the indices."""
+    try:
+        from ..kernels.pooled import tables  # noqa: PLC0415  (Triton is not on every platform)
+    except ImportError:
+        return None
+    return tables.try_select(query, key, value, scale, config, width)
+
+
 def select_scored(
     query: Tensor,
     key: Tensor,

@@ -23,7 +23,8 @@ from .flexprefill.causal_selection import choose_flexprefill
 from .flexprefill.masked_representative import ScoreRule
 from .flexprefill.masked_selection import choose_masked_flexprefill
 from .inputs import EstimatorInputs
-from .kernel_calls import select_flexprefill
+from .kernel_calls import select_flexprefill, select_pooled
+from .pooled import score_pooled
 from .sampled import score_sampled
 from .scoring import Choose, Score, choose_by_score, choose_masked_by_score, score_by_user, select_by_score
 from .xattention import score_xattention
@@ -66,6 +67,13 @@ def _score_with(name: str, score: Score) -> EstimatorRow:
 
 
 _ROWS = (
+    dataclasses.replace(
+        _score_with("pooled", score_pooled),
+        select_by_kernels=select_pooled,
+        gamma=0.8,
+        min_budget=None,
+        gpu_block_size=64,
+    ),
     EstimatorRow(
         name="flexprefill",
         choose=choose_flexprefill,

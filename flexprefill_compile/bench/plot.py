@@ -18,14 +18,14 @@ def check_plot(path: Path | None) -> None:
     """
     if path is None:
         return
-    formats = _create_figure(1, "").canvas.get_supported_filetypes()
+    formats = create_figure(1, "").canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in formats:
         raise UsageError(f"can't write the plot {path}: its name must end in one of {', '.join(sorted(formats))}")
     if not path.parent.is_dir():
         raise UsageError(f"can't write the plot {path}: there is no folder {path.parent}")
 
 
-def _create_figure(num_panels: int, title: str) -> Any:
+def create_figure(num_panels: int, title: str) -> Any:
     """Make a figure of panels side by side, with a title that fits over them.
 
     Raises:
@@ -53,7 +53,7 @@ def plot_runs(runs: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """
     measured = [run for run in runs if "note" not in run]
     kinds = list(dict.fromkeys(run["inputs"] for run in measured))
-    figure = _create_figure(max(1, len(kinds)), title)
+    figure = create_figure(max(1, len(kinds)), title)
     for number, kind in enumerate(kinds, start=1):
         axes = figure.add_subplot(1, len(kinds), number)
         own = [run for run in measured if run["inputs"] == kind]

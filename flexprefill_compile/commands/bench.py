@@ -23,7 +23,7 @@ from ..bench.timing.rates import measure_rates
 from ..errors import UsageError
 from ..report import AttentionSkippedError
 from ..settings.config import KERNEL_BACKENDS, SparsePrefillConfig
-from ..settings.device_defaults import name_device
+from ..settings.device_defaults import name_device, resolve_block_size
 from .shared.arguments import ESTIMATOR_HELP, add_layer_shape, positive
 from .shared.checks import check_device_kind, check_file, check_heads, needs_extra
 
@@ -42,9 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--saved", type=Path, metavar="FILE", help="also a (query, key, value) of torch.save")
     lengths = [8192, 32768, 131072]
     parser.add_argument("--lengths", type=positive, nargs="+", default=lengths, metavar="N", help="tokens of a prompt")
-    parser.add_argument("--gamma", type=float, default=config.gamma, metavar="N", help="share of attention to reach")
-    text = "tokens that each query row computes at least"
-    parser.add_argument("--min-budget", type=int, default=config.min_budget, metavar="N", help=text)
+    parser.add_argument(
+        "--gamma", type=float, metavar="N", help="share of attention to reach (default: the estimator's)"
+    )
+    text = "tokens that each query row computes at least (default: the estimator's)"
+    parser.add_argument("--min-budget", type=int, metavar="N", help=text)
+    text = "tokens to a side of a block (default: the device's)"
+    parser.add_argument("--block-size", type=positive, metavar="N", help=text)
     text = "tokens that each query row computes at most (default: no limit)"
     parser.add_argument("--max-budget", type=positive, metavar="N", help=text)
     parser.add_argument("--estimator", default=config.estimator, metavar="NAME", help=ESTIMATOR_HELP)
@@ -68,9 +72,9 @@ def run(arguments: argparse.Namespace) -> None:
         UsageError: The device is not there, the heads don't match, or a peer, a model, a file or a package is missing.
         InvalidOptionError: An option is out of range.
     """
-    config = _read_config(arguments)
     arguments.device = check_device_kind(arguments.device)
     check_heads(arguments.heads)
+    config = _read_config(arguments)
     check_file(arguments.json)
     check_plot(arguments.plot)
     if "real" in arguments.inputs:
@@ -105,8 +109,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _read_config(arguments: argparse.Namespace) -> SparsePrefillConfig:
-    names = ("gamma", "min_budget", "max_budget", "max_density", "estimator", "kernel_backend")
-    return SparsePrefillConfig(**{name: getattr(arguments, name) for name in names})
+    names = ("gamma", "min_budget", "max_budget", "max_density", "block_size", "estimator", "kernel_backend")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return resolve_block_size(SparsePrefillConfig(**given), given, torch.device(arguments.device))
 
 
 def _check_model(path: Path | None) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 from .. import __version__
 from ..errors import UsageError
 from ..settings.config import InvalidOptionError
-from . import audit, bench, bench_model, calibrate, demo, evaluate, explain, tune
+from . import audit, bench, bench_model, bench_real, calibrate, demo, evaluate, explain, tune
 
 
 class Command(Protocol):
@@ -44,6 +44,7 @@ COMMANDS: dict[str, Command] = {
     "tune": tune,
     "bench": bench,
     "bench-model": bench_model,
+    "bench-real": bench_real,
 }
 
 # What torchrun may start.

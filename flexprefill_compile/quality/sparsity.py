@@ -28,7 +28,7 @@ def check_sparsity(num_tokens: int, config: SparsePrefillConfig) -> None:
             f"the text must be of two blocks at least, {2 * block_size} tokens, got {num_tokens}: "
             "take a longer text or a smaller block_size"
         )
-    floor = min([config.min_budget, *_floors_of_layers(config)])
+    floor = min([config.floor_at(num_tokens), *_floors_of_layers(config)])
     covered = (count_blocks(floor, block_size) + 2) * block_size
     if num_tokens <= covered and not config.is_dense:
         raise UsageError(

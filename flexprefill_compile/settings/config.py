@@ -7,7 +7,7 @@ import difflib
 import functools
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .checks import (
     InvalidOptionError,
@@ -20,17 +20,19 @@ from .checks import (
 )
 from .policy import Policy, resolve_policy
 from .rank_groups import RankGroup, resolve_rank_group
-from .registry import Estimator, check_estimator, is_dense_estimator, name_estimator
+from .registry import Estimator, check_estimator, find_defaults, name_estimator
 
 __all__ = ["InvalidOptionError", "SparsePrefillConfig", "split_options"]
 
 _ON_SKIP = ("keep", "raise")
 KERNEL_BACKENDS = ("auto", "triton", "flash")
+# A floor that follows the length: a token in so many of the context, between the two numbers of tokens.
+_CONTEXT_PER_FLOOR, _FLOORS = 32, (512, 1024)
 # The fields that say which blocks to select, gamma first, with their types in the schemas of the ops that select.
 SELECTION = {
     "gamma": "float[]",
     "tau": "float",
-    "min_budget": "int",
+    "min_budget": "int?",
     "max_budget": "int?",
     "block_size": "int",
     "dense_last": "int",
@@ -44,13 +46,15 @@ class SparsePrefillConfig:
 
     Attributes:
         gamma: Share of the attention that the selected blocks must reach, in (0, 1]. 1 is dense attention.
-            One number, or one for each query head.
+            One number, or one for each query head. None is the estimator's default: 0.8 for ``"pooled"``, else 0.95.
         tau: Distance below which a head's pooled estimate is trusted, in [0, 1]: the square root of a
             Jensen-Shannon divergence in nats. 0 makes every head vertical-slash.
-        min_budget: Tokens that every query row computes at least, beside the first key block and the diagonal.
+        min_budget: Tokens that every query row computes at least, beside the first key block and the diagonal. None is
+            the estimator's default: a 32nd of the context for ``"pooled"``, within 512 and 1024, else 1024.
         max_budget: Tokens that every query row computes at most, beside the first key block and the diagonal;
             None is no limit. It also caps gamma = 1 and ``dense_last``.
-        block_size: Tokens to a side of a block: a power of two from 16 to 512.
+        block_size: Tokens to a side of a block: a power of two from 16 to 512. Where it isn't given, the backend takes
+            64 for ``"pooled"`` on a GPU by FlexAttention's Triton template.
         min_length: Prompts of fewer tokens keep dense attention. None is the break-even length of the
             device, see ``device_defaults``.
         max_density: Share of the causal blocks above which a call runs dense after all, in (0, 1], decided at run
@@ -62,9 +66,9 @@ class SparsePrefillConfig:
             dense. Masks that the model computes from positions and lengths are never read and have no limit.
         check_masks: Compare each mask with the formula it was turned into, at run time, and raise where they differ.
             For debugging: it needs the whole mask.
-        estimator: How blocks are chosen: by name, ``"flexprefill"``, ``"auto"``, ``"xattention"``, ``"sampled"``,
-            ``"streaming"``, ``"dense"`` or one that was registered; or a function, which is registered and kept by its
-            qualified name. See docs/estimators.md.
+        estimator: How blocks are chosen: by name, ``"pooled"``, ``"flexprefill"``, ``"auto"``, ``"xattention"``,
+            ``"sampled"``, ``"streaming"``, ``"dense"`` or one that was registered; or a function, which is registered
+            and kept by its qualified name. See docs/estimators.md.
         dense_last: The blocks of the last so many queries of a prompt, or of a chunk of it, compute every block.
         dense_layers: Attention layers that stay dense, by number: the first number in the path of the module, as 3 in
             ``model.layers.3.self_attn``. Refused where a path has none.
@@ -85,16 +89,16 @@ class SparsePrefillConfig:
         InvalidOptionError: A value is out of range. It is a ``ValueError``.
     """
 
-    gamma: float | tuple[float, ...] = 0.95
+    gamma: float | tuple[float, ...] | None = None
     tau: float = 0.1
-    min_budget: int = 1024
+    min_budget: int | None = None
     max_budget: int | None = None
     block_size: int = 128
     min_length: int | None = None
     max_density: float | None = None
     max_mask_elements: int = 2**26
     check_masks: bool = False
-    estimator: str | Estimator = "flexprefill"
+    estimator: str | Estimator = "pooled"
     dense_last: int = 0
     dense_layers: tuple[int, ...] = ()
     policy: Policy | str | Path | None = None
@@ -105,9 +109,16 @@ class SparsePrefillConfig:
     tensor_parallel: RankGroup | Any = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gamma", resolve_gamma(self.gamma))
+        if callable(self.estimator):
+            object.__setattr__(self, "estimator", name_estimator(self.estimator))
+        check_estimator(self.estimator)
+        defaults = find_defaults(self.estimator)
+        object.__setattr__(self, "gamma", defaults.gamma if self.gamma is None else resolve_gamma(self.gamma))
+        if self.min_budget is None and defaults.min_budget is not None:
+            # A ceiling below the default floor wins: only a floor that was asked for contradicts it.
+            least = defaults.min_budget if self.max_budget is None else min(defaults.min_budget, self.max_budget)
+            object.__setattr__(self, "min_budget", least)
         check_tau(self.tau)
-        check("min_budget", self.min_budget, "a number of tokens, at least 0", is_integer(self.min_budget, 0))
         check_budgets(self.min_budget, self.max_budget)
         check(
             "block_size",
@@ -134,9 +145,6 @@ class SparsePrefillConfig:
             is_integer(self.max_mask_elements, 0),
         )
         check("check_masks", self.check_masks, "True or False", isinstance(self.check_masks, bool))
-        if callable(self.estimator):
-            object.__setattr__(self, "estimator", name_estimator(self.estimator))
-        check_estimator(self.estimator)
         check("dense_last", self.dense_last, "a number of tokens, at least 0", is_integer(self.dense_last, 0))
         are_layers = isinstance(self.dense_layers, Collection) and all(is_integer(n, 0) for n in self.dense_layers)
         check("dense_layers", self.dense_layers, "numbers of layers, each at least 0", are_layers)
@@ -159,18 +167,35 @@ class SparsePrefillConfig:
             object.__setattr__(self, name, resolve_rank_group(name, getattr(self, name)))
 
     def as_options(self) -> dict[str, Any]:
-        """Return the config as the ``options`` of ``torch.compile``."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """Return the config as the ``options`` of ``torch.compile``: what differs from the defaults."""
+        fields = dataclasses.fields(self)
+        return {field.name: getattr(self, field.name) for field in fields if getattr(self, field.name) != field.default}
 
     @property
     def gammas(self) -> list[float]:
         """Gamma as the ops take it: one number, or one for each query head."""
-        return list(self.gamma) if isinstance(self.gamma, tuple) else [self.gamma]
+        return list(self.gamma) if isinstance(self.gamma, tuple) else [cast("float", self.gamma)]
+
+    def floor_at(self, length: int) -> int:
+        """Return the tokens that a query row computes at least in a context of ``length`` tokens."""
+        if self.min_budget is not None:
+            return self.min_budget
+        shortest, longest = _FLOORS
+        floor = min(max(length // _CONTEXT_PER_FLOOR, shortest), longest)
+        return floor if self.max_budget is None else min(floor, self.max_budget)
+
+    def override(self, **settings: Any) -> SparsePrefillConfig:
+        """Return the config with other settings; another estimator brings its defaults where this one has its own."""
+        if settings.get("estimator", self.estimator) != self.estimator:
+            defaults = find_defaults(self.estimator)
+            own = {name for name in ("gamma", "min_budget") if getattr(self, name) == getattr(defaults, name)}
+            settings = dict.fromkeys(own) | settings
+        return dataclasses.replace(self, **settings)
 
     @property
     def is_dense(self) -> bool:
         """Whether every block is computed, whatever the inputs."""
-        return self.max_budget is None and (min(self.gammas) == 1 or is_dense_estimator(self.estimator))
+        return self.max_budget is None and (min(self.gammas) == 1 or find_defaults(self.estimator).is_dense)
 
     @property
     def selection(self) -> tuple[Any, ...]:

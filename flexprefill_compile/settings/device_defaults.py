@@ -11,13 +11,15 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..torch_internals import is_flash_available
 from .config import DensityCeiling, SparsePrefillConfig
+from .registry import find_defaults
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,20 @@ _CEILING_FROM_UNKNOWN_GPU = 65536
 GPU_MAX_DENSITY = 0.75
 
 
+def resolve_block_size(
+    config: SparsePrefillConfig, options: Collection[str], device: torch.device
+) -> SparsePrefillConfig:
+    """Fill in ``block_size`` where it is not among the options given.
+
+    The kernels of flash-attn-4 take blocks of 128 alone: where they may run, blocks stay as large.
+    """
+    if "block_size" in options or device.type != "cuda":
+        return config
+    may_use_flash = config.kernel_backend != "triton" and is_flash_available()
+    block_size = config.block_size if may_use_flash else find_defaults(config.estimator).gpu_block_size
+    return dataclasses.replace(config, block_size=block_size)
+
+
 def resolve_min_length(config: SparsePrefillConfig, example_inputs: Sequence[Any]) -> SparsePrefillConfig:
     """Fill in ``min_length`` where it is None, for the device of a graph's inputs.
 
@@ -41,7 +57,7 @@ def resolve_min_length(config: SparsePrefillConfig, example_inputs: Sequence[Any
     """
     if config.min_length is not None:
         return config
-    device = _device_of(example_inputs)
+    device = find_device(example_inputs)
     min_length = find_break_even_length(device)
     if config.max_density is not None and config.max_density < 1:
         min_length = max(min_length, _find_ceiling_start(device))
@@ -58,7 +74,7 @@ def resolve_ceiling(
         example_inputs: Of the graph.
         has_cuda_graphs: Whether it will be replayed as CUDA graphs, which take the same way each time.
     """
-    device = _device_of(example_inputs)
+    device = find_device(example_inputs)
     if config.max_density is not None:
         is_on = config.max_density < 1 and not (has_cuda_graphs and device.type == "cuda")
         return DensityCeiling(config.max_density, from_length=1) if is_on else None
@@ -72,7 +88,8 @@ def _find_ceiling_start(device: torch.device) -> int:
     return CEILING_FROM.get(name_device(device), _CEILING_FROM_UNKNOWN_GPU)
 
 
-def _device_of(example_inputs: Sequence[Any]) -> torch.device:
+def find_device(example_inputs: Sequence[Any]) -> torch.device:
+    """Return the device of a graph's inputs: a GPU if there is one among them."""
     devices = (x.device for x in example_inputs if isinstance(x, torch.Tensor))
     gpu_first = sorted(devices, key=lambda device: device.type != "cuda")
     return gpu_first[0] if gpu_first else torch.device("cpu")

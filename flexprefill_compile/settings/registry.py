@@ -24,10 +24,16 @@ class BuiltIn:
     Attributes:
         name: What ``SparsePrefillConfig.estimator`` calls it.
         is_dense: Whether it keeps every block, whatever the inputs.
+        gamma: Its default.
+        min_budget: Its default, in tokens; None follows the length of the context.
+        gpu_block_size: Its default on a GPU by FlexAttention's Triton template, in tokens; 128 elsewhere.
     """
 
     name: str
     is_dense: bool = False
+    gamma: float = 0.95
+    min_budget: int | None = 1024
+    gpu_block_size: int = 128
 
 
 BUILT_IN: dict[str, BuiltIn] = {}
@@ -39,10 +45,9 @@ def register_built_in(estimator: BuiltIn) -> None:
     BUILT_IN[estimator.name] = estimator
 
 
-def is_dense_estimator(name: object) -> bool:
-    """Tell whether an estimator keeps every block, whatever the inputs."""
-    built_in = BUILT_IN.get(str(name))
-    return built_in is not None and built_in.is_dense
+def find_defaults(name: object) -> BuiltIn:
+    """Return what the settings know of an estimator; a user's function has the defaults of ``BuiltIn``."""
+    return BUILT_IN.get(str(name), BuiltIn(name=str(name)))
 
 
 def register_estimator(name: str, function: Estimator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ _FLASH_CAPABILITIES = {"auto": (_HOPPER,), "flash": (_HOPPER, _BLACKWELL)}
 _FLASH_HEAD_DIMS = (64, 128)
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _FLASH_BLOCK_SIZE = 128
+_NOT_INSTALLED = "flash-attn-4 is not installed: pip install 'flexprefill-compile[flash]'"
 
 
 def choose_kernel_options(
@@ -69,14 +71,31 @@ def refuse_flash(
     config: SparsePrefillConfig, query: Tensor, key: Tensor, value: Tensor, *, is_plain: bool
 ) -> str | None:
     """Return why flash-attn-4's kernels are not to run an attention, or None if they are. Arguments as above."""
+    refusals = _list_refusals(config, query, key, value, is_plain=is_plain)
+    return next((reason for reason, holds in refusals.items() if holds), None)
+
+
+def misses_flash(config: SparsePrefillConfig, query: Tensor, key: Tensor, value: Tensor, *, is_plain: bool) -> bool:
+    """Tell whether flash-attn-4's kernels would run an attention, were they installed. Arguments as above."""
+    if is_flash_available() or not query.is_cuda:
+        return False
+    as_if_there = dataclasses.replace(config, block_size=_FLASH_BLOCK_SIZE)
+    refusals = _list_refusals(as_if_there, query, key, value, is_plain=is_plain)
+    return not any(holds for reason, holds in refusals.items() if reason != _NOT_INSTALLED)
+
+
+def _list_refusals(
+    config: SparsePrefillConfig, query: Tensor, key: Tensor, value: Tensor, *, is_plain: bool
+) -> dict[str, bool]:
+    """Return each reason not to run flash-attn-4's kernels, and whether it holds."""
     wanted = config.kernel_backend
     head_dims = {int(query.shape[-1]), int(value.shape[-1])}
     capability = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 0
-    refusals = {
+    return {
         "kernel_backend is triton": wanted == "triton",
         "kernel_options are given, which are the Triton template's": wanted == "auto" and bool(config.kernel_options),
         f"device {query.device.type}": not query.is_cuda,
-        "flash-attn-4 is not installed: pip install 'flexprefill-compile[flash]'": not is_flash_available(),
+        _NOT_INSTALLED: not is_flash_available(),
         f"a GPU of compute capability {capability}": capability not in _FLASH_CAPABILITIES.get(wanted, ()),
         "a mask or bias other than causal, or sinks": not is_plain,
         f"block_size {config.block_size}, not {_FLASH_BLOCK_SIZE}": config.block_size != _FLASH_BLOCK_SIZE,
@@ -86,4 +105,3 @@ def refuse_flash(
             len(head_dims) > 1 or not head_dims <= set(_FLASH_HEAD_DIMS)
         ),
     }
-    return next((reason for reason, holds in refusals.items() if holds), None)

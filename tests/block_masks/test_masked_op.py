@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import masks
-from helpers.inputs import CountOps, RecordSizes, random_qk
+from helpers.inputs import CountOps, RecordSizes, paper_config, random_qk
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -15,7 +15,6 @@ from flexprefill_compile.block_masks.estimators.flexprefill.masked_representativ
 from flexprefill_compile.block_masks.layout import AttentionSizes
 from flexprefill_compile.block_masks.masked_prefill import select_masked_prefill_blocks
 from flexprefill_compile.block_masks.masks.facts import MaskFacts
-from flexprefill_compile.settings.config import SparsePrefillConfig
 
 BLOCK = 16
 SELECT = torch.ops.flexprefill.select_masked_blocks.default
@@ -55,7 +54,7 @@ def test_op_passes_opcheck(call: masks.Call, softcap: float | None, biased: bool
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tables_hold_the_selection_and_tell_full_blocks_apart(call: masks.Call, dtype: torch.dtype) -> None:
     query, key, facts = make_arguments(call, dtype)
-    config = SparsePrefillConfig(gamma=0.5, min_budget=0, block_size=BLOCK)
+    config = paper_config(gamma=0.5, min_budget=0, block_size=BLOCK)
     selected = select_masked_prefill_blocks(query, key, None, facts, ScoreRule(0.3, 5.0), config)
     with record_densities() as densities:
         tables = SELECT(query, key, None, *facts, None, 0.3, 5.0, [0.5], 0.1, 0, None, BLOCK, 0, "flexprefill")
@@ -72,7 +71,7 @@ def test_tables_hold_the_selection_and_tell_full_blocks_apart(call: masks.Call, 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_no_shape_depends_on_data(call: masks.Call) -> None:
     query, key, facts = make_arguments(call)
-    config = SparsePrefillConfig(min_budget=32, max_budget=64, block_size=BLOCK)
+    config = paper_config(min_budget=32, max_budget=64, block_size=BLOCK)
     shape = (*query.shape[:2], *facts.possible.shape[-2:])
     with FakeTensorMode() as mode:
         fake_query, fake_key, *fake_facts = (mode.from_tensor(x) for x in (query, key, *facts))
@@ -83,7 +82,7 @@ def test_no_shape_depends_on_data(call: masks.Call) -> None:
 
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_no_host_sync_and_no_loop_over_heads_or_prompts(is_packed: bool) -> None:
-    config = SparsePrefillConfig(min_budget=32, max_budget=64, block_size=BLOCK)
+    config = paper_config(min_budget=32, max_budget=64, block_size=BLOCK)
     counts = []
     for batch, heads, kv_heads in [(2, 4, 2), (3, 16, 4), (5, 4, 1)]:
         query, key = random_qk(0, batch, heads, kv_heads, 200, 16, dtype=torch.float32)
@@ -103,7 +102,7 @@ def test_no_tensor_is_larger_than_the_documented_bound(tau: float, is_packed: bo
     query, key = random_qk(0, 1, heads, 2, length, 32, dtype=torch.bfloat16)
     sizes = AttentionSizes(1, 1, length, length)
     facts = masks.find_facts(masks.packed([[1000, 3096]]), sizes, block_size, is_packed=is_packed)
-    config = SparsePrefillConfig(tau=tau, min_budget=256, max_budget=1024, block_size=block_size)
+    config = paper_config(tau=tau, min_budget=256, max_budget=1024, block_size=block_size)
     with RecordSizes() as recorded:
         select_masked_prefill_blocks(query, key, key, facts, ScoreRule(32**-0.5), config)
     # A chunk of scores, and as many zeros beside it, in which its diagonals are sheared straight.

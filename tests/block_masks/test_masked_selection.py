@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from helpers import masks
-from helpers.inputs import random_qk, structured_qk
+from helpers.inputs import paper_config, random_qk, structured_qk
 from helpers.masks import BLOCK, RULE, SCALE, configs, draw_qk, seeds, select
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,7 +50,7 @@ def test_gamma_one_selects_every_possible_block(
     query, key = draw_qk(seed, sizes.batch, max(sizes[2:]))
     query, key = 50 * query[:, :, : sizes.query_length], key[:, :, : sizes.key_length]
     facts = masks.find_facts(mask_mod, sizes, BLOCK, offset=offset, is_packed=is_packed)
-    config = SparsePrefillConfig(gamma=1, tau=tau, min_budget=0, max_budget=max_budget, block_size=BLOCK)
+    config = paper_config(gamma=1, tau=tau, min_budget=0, max_budget=max_budget, block_size=BLOCK)
     selected = select(query, key, facts, config)
     needed = facts.possible & (facts.query_counts.any(-1)[:, None, :, None] | (max_budget is None))
     assert torch.equal(selected & needed, needed.expand_as(selected))
@@ -61,7 +61,7 @@ def test_the_pooled_estimate_is_capped_as_the_scores_are() -> None:
     sizes = AttentionSizes(1, 1, 200, 200)
     facts = masks.find_facts(masks.causal, sizes, BLOCK)
     # Capped, the attention is almost even, and trusted only if the estimate of Algorithm 2 is capped too.
-    config = SparsePrefillConfig(gamma=0.6, tau=0.2, min_budget=0, block_size=BLOCK)
+    config = paper_config(gamma=0.6, tau=0.2, min_budget=0, block_size=BLOCK)
     means = [torch.stack([tokens.mean(-2) for tokens in x.split(BLOCK, -2)], -2) for x in (query, key)]
     logits = 0.1 * torch.tanh(means[0] @ means[1].repeat_interleave(2, 1).mT * 4 / 0.1)
     mass = logits.masked_fill(~facts.possible, -torch.inf).softmax(-1)
@@ -75,7 +75,7 @@ def test_a_bias_makes_every_head_vertical_slash() -> None:
     query, key = draw_qk(2, 1, 200)
     facts = masks.find_facts(masks.causal, AttentionSizes(1, 1, 200, 200), BLOCK)
     rule = ScoreRule(SCALE, None, torch.zeros_like(facts.row_mask, dtype=torch.float32))
-    trusting, wary = (SparsePrefillConfig(gamma=0.8, tau=tau, min_budget=0, block_size=BLOCK) for tau in (1.0, 0.0))
+    trusting, wary = (paper_config(gamma=0.8, tau=tau, min_budget=0, block_size=BLOCK) for tau in (1.0, 0.0))
     biased = select_masked_prefill_blocks(query, key, None, facts, rule, trusting)
     assert torch.equal(biased, select(query, key, facts, wary))
     assert not torch.equal(biased, select(query, key, facts, trusting))
@@ -93,7 +93,7 @@ def test_heads_that_read_nan_or_inf_get_every_possible_block_and_no_other_head_d
     tensors = [query, key, key.clone()]
     sizes = AttentionSizes(2, 1, 200, 200)
     facts = masks.find_facts(masks.padded([0, 20], [200, 180]), sizes, BLOCK, is_packed=is_packed)
-    config = SparsePrefillConfig(gamma=0.5, tau=0.1, min_budget=0, block_size=BLOCK)
+    config = paper_config(gamma=0.5, tau=0.1, min_budget=0, block_size=BLOCK)
     expected = select_masked_prefill_blocks(*tensors, facts, RULE, config)
     assert (expected != facts.possible).flatten(2).any(-1).all(), "the scenario: no head needs every block"
     tensors[poisoned][1, -1, position, 5] = poison
@@ -108,7 +108,7 @@ def test_head_whose_scores_overflow_gets_every_possible_block(biased: bool) -> N
     query[0, 1, -1, 0], key[0, 0, 3, 0] = 1e20, 1e20
     facts = masks.find_facts(masks.causal, AttentionSizes(1, 1, 200, 200), BLOCK)
     rule = ScoreRule(SCALE, None, torch.zeros(facts.row_mask.shape) if biased else None)
-    config = SparsePrefillConfig(gamma=0.3, min_budget=0, block_size=BLOCK)
+    config = paper_config(gamma=0.3, min_budget=0, block_size=BLOCK)
     selected = select_masked_prefill_blocks(query, key, None, facts, rule, config)
     assert torch.equal(selected[0, 1], facts.possible[0, 0])
     assert not torch.equal(selected[0, 0], facts.possible[0, 0])
@@ -141,7 +141,7 @@ def test_a_mask_without_valid_keys_is_computed_whole() -> None:
 
     query, key = draw_qk(3, 2, 100)
     facts = masks.find_facts(before, AttentionSizes(1, 1, 100, 100), BLOCK)
-    config = SparsePrefillConfig(gamma=0.5, min_budget=0, block_size=BLOCK)
+    config = paper_config(gamma=0.5, min_budget=0, block_size=BLOCK)
     assert torch.equal(select(query, key, facts, config), facts.possible.expand(2, query.shape[1], -1, -1))
 
 
@@ -152,7 +152,7 @@ def test_heads_with_masks_of_their_own_keep_to_them() -> None:
         return (query_index >= key_index) & (query_index - key_index < widths[head])
 
     query, key = random_qk(0, 2, 3, 3, 200, 32)
-    config = SparsePrefillConfig(gamma=0.7, min_budget=32, block_size=BLOCK)
+    config = paper_config(gamma=0.7, min_budget=32, block_size=BLOCK)
     together = select(query, key, masks.find_facts(windows, AttentionSizes(1, 3, 200, 200), BLOCK), config)
     for head, width in enumerate(widths.tolist()):
         facts = masks.find_facts(masks.window(width), AttentionSizes(1, 1, 200, 200), BLOCK)

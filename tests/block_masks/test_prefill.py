@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers.inputs import RecordSizes, covered_share, random_qk, representative_weights, structured_qk
+from helpers.inputs import RecordSizes, covered_share, paper_config, random_qk, representative_weights, structured_qk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,9 +15,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexprefill_compile.block_masks import create_prefill_block_mask
 from flexprefill_compile.block_masks.attention_inputs import SCORES_AT_ONCE
 from flexprefill_compile.block_masks.prefill import select_prefill_blocks
-from flexprefill_compile.settings.config import SparsePrefillConfig
 
-CONFIG = SparsePrefillConfig(gamma=0.8, min_budget=0, block_size=16)
+CONFIG = paper_config(gamma=0.8, min_budget=0, block_size=16)
 
 
 def count_selected(mask: BlockMask) -> int:
@@ -76,7 +75,7 @@ def test_misuse_raises_one_clear_value_error(query: Tensor, key: Tensor, message
 
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_block_size_is_honoured(block_size: int) -> None:
-    config = SparsePrefillConfig(gamma=0.8, min_budget=0, block_size=block_size)
+    config = paper_config(gamma=0.8, min_budget=0, block_size=block_size)
     mask = create_prefill_block_mask(*random_qk(0, 1, 2, 1, 200, 8), config)
     assert (block_size, block_size) == mask.BLOCK_SIZE
     assert mask.to_dense().shape[-1] == math.ceil(200 / block_size)
@@ -87,9 +86,7 @@ def test_more_gamma_selects_more(tau: float) -> None:
     query, key = random_qk(0, 1, 2, 1, 300, 8)
     counts = [
         count_selected(
-            create_prefill_block_mask(
-                query, key, SparsePrefillConfig(gamma=gamma, tau=tau, min_budget=0, block_size=16)
-            )
+            create_prefill_block_mask(query, key, paper_config(gamma=gamma, tau=tau, min_budget=0, block_size=16))
         )
         for gamma in (0.1, 0.3, 0.6, 1)
     ]
@@ -118,7 +115,7 @@ def test_default_config_keeps_the_papers_floor() -> None:
     block_size=st.sampled_from([16, 32]),
 )
 def test_gamma_one_selects_every_causal_block(seed: int, length: int, tau: float, block_size: int) -> None:
-    config = SparsePrefillConfig(gamma=1, tau=tau, min_budget=0, block_size=block_size)
+    config = paper_config(gamma=1, tau=tau, min_budget=0, block_size=block_size)
     query, key = structured_qk(seed, 1, 5, 1, length, 16, block_size=block_size, strength=200, dtype=torch.float32)
     dense = create_prefill_block_mask(query, key, config).to_dense().bool()
     assert torch.equal(dense, torch.ones_like(dense).tril())
@@ -135,7 +132,7 @@ def test_gamma_one_selects_every_causal_block(seed: int, length: int, tau: float
 def test_selected_columns_and_diagonals_cover_gamma_each(
     seed: int, length: int, gamma: float, block_size: int, structured: bool
 ) -> None:
-    config = SparsePrefillConfig(gamma=gamma, tau=0, min_budget=0, block_size=block_size)
+    config = paper_config(gamma=gamma, tau=0, min_budget=0, block_size=block_size)
     sizes = (seed, 1, 5, 1, length, 16)
     query, key = structured_qk(*sizes, block_size=block_size) if structured else random_qk(*sizes)
     selected = select_prefill_blocks(query, key, None, 0.25, config)
@@ -244,13 +241,13 @@ def test_head_whose_pooled_scores_overflow_gets_every_causal_block() -> None:
     # The representative queries are small, so that their own scores are finite.
     query, key = 1e-16 * query, 1e15 + 1e13 * key
     query[:, :, 64:80] = 1e25
-    selected = select_prefill_blocks(query, key, None, 1.0, SparsePrefillConfig(tau=1, min_budget=0, block_size=16))
+    selected = select_prefill_blocks(query, key, None, 1.0, paper_config(tau=1, min_budget=0, block_size=16))
     assert torch.equal(selected, torch.ones_like(selected).tril())
 
 
 def test_gamma_1_selects_every_block_under_a_ceiling_that_does_not_bind() -> None:
     query, key = random_qk(0, 1, 2, 1, 200, 16, dtype=torch.float32)
-    config = SparsePrefillConfig(gamma=1, min_budget=0, max_budget=10**6, block_size=16)
+    config = paper_config(gamma=1, min_budget=0, max_budget=10**6, block_size=16)
     selected = select_prefill_blocks(100 * query, key, None, 1.0, config)
     assert torch.equal(selected, torch.ones_like(selected).tril())
 
@@ -266,7 +263,7 @@ def test_large_finite_values_are_no_reason_for_every_block(dtype: torch.dtype) -
 def test_no_tensor_is_larger_than_the_documented_bound(tau: float) -> None:
     heads, length, block_size = 4, 4096, 128
     query, key = random_qk(0, 1, heads, 2, length, 32, dtype=torch.bfloat16)
-    config = SparsePrefillConfig(tau=tau, min_budget=256, max_budget=1024, block_size=block_size)
+    config = paper_config(tau=tau, min_budget=256, max_budget=1024, block_size=block_size)
     with RecordSizes() as sizes:
         select_prefill_blocks(query, key, key, 32**-0.5, config)
     num_rows = heads * block_size
@@ -281,6 +278,6 @@ def test_no_tensor_is_larger_than_the_documented_bound(tau: float) -> None:
 def test_largest_tensor_does_not_grow_with_the_square_of_the_length(length: int) -> None:
     query, key = random_qk(0, 1, 1, 1, length, 8, dtype=torch.float32)
     with RecordSizes() as sizes:
-        select_prefill_blocks(query, key, key, 1.0, SparsePrefillConfig(block_size=64, min_budget=0))
+        select_prefill_blocks(query, key, key, 1.0, paper_config(block_size=64, min_budget=0))
     # The scores of the representative queries, sheared, and the masks of the block grid.
     assert sizes.largest <= 64 * (length + 64)

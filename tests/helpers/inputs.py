@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flexprefill_compile.settings.config import SparsePrefillConfig
+
 aten = torch.ops.aten
 SYNCING_OPS = {aten._local_scalar_dense, aten.item, aten.nonzero, aten.masked_select, aten._unique2, aten.equal}
 STRUCTURES = ("sink", "stripes", "diagonal", "window", "topics")
@@ -138,3 +140,8 @@ class RecordSizes(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.largest = max(self.largest, tensor.numel())
         return result
+
+
+def paper_config(**settings: Any) -> SparsePrefillConfig:
+    """Return settings of the paper's estimator, whatever the default is."""
+    return SparsePrefillConfig(**({"estimator": "flexprefill"} | settings))

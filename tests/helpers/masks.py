@@ -14,7 +14,7 @@ from flexprefill_compile.block_masks.masked_prefill import select_masked_prefill
 from flexprefill_compile.block_masks.masks.facts import MaskFacts, describe_mask
 from flexprefill_compile.block_masks.masks.intervals import BlockBounds
 from flexprefill_compile.settings.config import SparsePrefillConfig
-from helpers.inputs import random_qk, structured_qk
+from helpers.inputs import paper_config, random_qk, structured_qk
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Call = tuple[MaskMod, AttentionSizes, int, bool]  # a mask, the sizes, the offset, whether it is packed
@@ -177,7 +177,7 @@ seeds = st.integers(0, 2**32)
 @st.composite
 def configs(draw: st.DrawFn, taus: tuple[float, ...] = (0.0, 0.1, 1.0)) -> SparsePrefillConfig:
     min_budget = draw(st.sampled_from([0, 0, 32, 60]))
-    return SparsePrefillConfig(
+    return paper_config(
         gamma=draw(st.floats(0.51, 0.99)),
         tau=draw(st.sampled_from(taus)),
         min_budget=min_budget,

@@ -73,7 +73,7 @@ GOOD: dict[str, Any] = {
         (GOOD | {"layers": {"0": {"gamma": [0.5, 0.5]}}}, "gamma of layer 0 must be one number or 4, got 2 numbers"),
         (GOOD | {"layers": {"0": {"tau": -1}}}, r"tau must be in \[0, 1\], got -1"),
         (GOOD | {"layers": {"0": {"min_budget": 9, "max_budget": 8}}}, "max_budget must be None or a number of tokens"),
-        (GOOD | {"layers": {"0": {"estimator": "oracle"}}}, "estimator must be one of flexprefill, auto"),
+        (GOOD | {"layers": {"0": {"estimator": "oracle"}}}, "estimator must be one of pooled, flexprefill"),
         (GOOD | {"layers": {"0": {"dense": 1}}}, "dense must be True or False, got 1"),
         (GOOD | {"layers": {"0": {"gama": 1}}}, "unexpected keyword argument 'gama'"),
         (GOOD | {"layers": {"2": {}}}, "a layer of the policy must be from 0 to 1, got 2"),
@@ -132,7 +132,9 @@ def test_a_layer_takes_from_the_config_what_it_does_not_set() -> None:
     assert (of_layer.gammas, of_layer.tau, of_layer.min_budget) == ([0.5, 0.6, 0.7, 1.0], 0.2, 64)
     assert (of_layer.max_budget, of_layer.estimator, of_layer.min_length) == (256, "auto", 64)
     with pytest.raises(InvalidOptionError, match=r"layer 1 of the policy: max_budget must be .* at least min_budget"):
-        config_for_layer(SparsePrefillConfig(policy=Policy(SHAPE, {1: LayerPolicy(max_budget=64)})), 1, 4)
+        config_for_layer(
+            SparsePrefillConfig(min_budget=128, policy=Policy(SHAPE, {1: LayerPolicy(max_budget=64)})), 1, 4
+        )
 
 
 def test_layers_and_heads_run_by_their_own_settings() -> None:

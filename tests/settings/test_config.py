@@ -29,7 +29,6 @@ from flexprefill_compile.settings.registry import BUILT_IN
         ("tau", -0.1, "tau must be in [0, 1], got -0.1"),
         ("min_budget", -1, "min_budget must be a number of tokens, at least 0, got -1"),
         ("min_budget", 1024.0, "min_budget must be a number of tokens, at least 0, got 1024.0"),
-        ("max_budget", 512, "max_budget must be None or a number of tokens, at least min_budget (1024), got 512"),
         ("block_size", 96, "block_size must be a power of two from 16 to 512, got 96"),
         ("block_size", 8, "block_size must be a power of two from 16 to 512, got 8"),
         ("block_size", 1024, "block_size must be a power of two from 16 to 512, got 1024"),
@@ -49,8 +48,8 @@ def test_a_value_out_of_range_is_refused_in_one_sentence(field: str, value: Any,
     assert isinstance(raised.value, InvalidOptionError)
 
 
-def test_the_defaults_are_the_papers() -> None:
-    assert dataclasses.asdict(SparsePrefillConfig()) == {
+def test_the_papers_estimator_has_the_papers_defaults() -> None:
+    assert dataclasses.asdict(SparsePrefillConfig(estimator="flexprefill")) == {
         "gamma": 0.95,
         "tau": 0.1,
         "min_budget": 1024,

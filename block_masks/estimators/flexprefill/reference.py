@@ -85,7 +85,7 @@ def select_head(query: Tensor, key: Tensor, scale: float, config: SparsePrefillC
         selected = {(row, column) for row in range(num_blocks) for column in range(row + 1)}
 
     blocks = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
-    min_blocks = math.ceil(config.min_budget / block)
+    min_blocks = math.ceil(config.floor_at(length) / block)
     for row in range(num_blocks):
         optional = sorted(range(1, row), key=lambda column: -scores[row, column].item())
         kept = {column for column in optional if (row, column) in selected} | set(optional[:min_blocks])

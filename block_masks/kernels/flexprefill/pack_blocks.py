@@ -43,7 +43,7 @@ def launch_pack_blocks(
             "heads": buffers.heads,
             "kv_heads": buffers.kv_heads,
             "width": tables.full_kv_indices.shape[-1],
-            "min_blocks": count_blocks(config.min_budget, block_size),
+            "min_blocks": count_blocks(config.floor_at(buffers.length), block_size),
             "max_blocks": 0 if config.max_budget is None else config.max_budget // block_size,
             "first_dense": first_dense_block(buffers.length, config),
             "NUM_BLOCKS": next_power_of_2(num_blocks),

@@ -57,6 +57,11 @@ def bind_dense(name: str, query: Tensor, key: Tensor, value: Tensor) -> Callable
     return attend_by_backend
 
 
+def list_backends(device_type: str) -> list[str]:
+    """Return the names of the backends that are worth timing on a device."""
+    return [name_backend(backend) for backend in _TIMED_BACKENDS[device_type]]
+
+
 def name_backend(backend: SDPBackend) -> str:
     """Return the name under which a dense backend is printed."""
     return backend.name.removesuffix("_ATTENTION").lower()

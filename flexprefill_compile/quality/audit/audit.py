@@ -14,6 +14,7 @@ from flexprefill_compile.passes.layer_config import config_for_layer, number_lay
 
 from ...backend import flexprefill
 from ...settings.config import InvalidOptionError, SparsePrefillConfig, split_options
+from ...settings.device_defaults import resolve_block_size
 from ...torch_internals import compile_settings, inductor_option_names
 from ..model_prefill import Model, Prompt, prefill_dense
 from ..predictions import compare_predictions
@@ -62,6 +63,7 @@ def audit(
     if config.sequence_parallel is not None:
         raise InvalidOptionError("audit needs the whole prompt on one rank: leave sequence_parallel out")
     prompt = Prompt(args, kwargs)
+    config = resolve_block_size(config, options or {}, prompt.tokens.device)
     check_sparsity(prompt.tokens.shape[1], config)
     say = progress or (lambda _: None)
     say("dense prefill")
@@ -69,7 +71,7 @@ def audit(
         dense_logits = prefill_dense(model, prompt).cpu()
     say("compiling")
     auditor = _Auditor(config, say)
-    options = {"min_length": 2 * config.block_size} | dict(options or {})
+    options = {"min_length": 2 * config.block_size, "block_size": config.block_size} | dict(options or {})
     sparse = prefill_observed(model, prompt, options, auditor, rows)
     say("comparing predictions")
     return AuditReport(

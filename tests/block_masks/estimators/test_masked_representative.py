@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers import masks
-from helpers.inputs import qk_of_scores
+from helpers.inputs import paper_config, qk_of_scores
 from helpers.masks import BLOCK, SCALE, draw_qk, seeds, select
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +25,6 @@ from flexprefill_compile.block_masks.layout import AttentionSizes
 from flexprefill_compile.block_masks.masked_prefill import select_masked_prefill_blocks
 from flexprefill_compile.block_masks.masks.facts import representative_indices
 from flexprefill_compile.block_masks.segments import Segments
-from flexprefill_compile.settings.config import SparsePrefillConfig
 
 
 def true_weights(query: Tensor, key: Tensor, mask: Tensor, softcap: float | None = None, slope: float = 0) -> Tensor:
@@ -51,7 +50,7 @@ def test_representative_queries_of_each_sequence_reach_gamma_on_their_own_tokens
     query, key = query[:, :, : sizes.query_length], key[:, :, : sizes.key_length]
     mask = masks.materialise(mask_mod, sizes)
     facts = masks.find_facts(mask_mod, sizes, BLOCK, offset=offset, is_packed=is_packed)
-    config = SparsePrefillConfig(gamma=gamma, tau=0, min_budget=0, block_size=BLOCK)
+    config = paper_config(gamma=gamma, tau=0, min_budget=0, block_size=BLOCK)
     selected = select(query, key, facts, config)
     assert not (selected & ~facts.possible).any()
     kept = true_weights(query, key, mask) * masks.expand_blocks(selected, sizes, BLOCK)
@@ -121,7 +120,7 @@ def test_a_token_diagonal_is_computed_in_every_row_wherever_the_chunk_begins(off
     query, key = qk_of_scores(50.0 * (row - column == diagonal).double().unsqueeze(0))
     sizes = AttentionSizes(1, 1, length - offset, length)
     facts = masks.find_facts(masks.chunk(offset), sizes, BLOCK, offset=offset)
-    config = SparsePrefillConfig(gamma=0.99, tau=0, min_budget=0, block_size=BLOCK)
+    config = paper_config(gamma=0.99, tau=0, min_budget=0, block_size=BLOCK)
     selected = select_masked_prefill_blocks(query[:, :, offset:], key, None, facts, ScoreRule(1.0), config)
     tokens = masks.expand_blocks(selected, sizes, BLOCK)[0, 0]
     rows = torch.arange(max(0, diagonal - offset), length - offset)

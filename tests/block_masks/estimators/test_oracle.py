@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers.inputs import STRUCTURES, random_qk, structured_qk
+from helpers.inputs import STRUCTURES, paper_config, random_qk, structured_qk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -43,7 +43,7 @@ def assert_equals_oracle(query: Tensor, key: Tensor, scale: float, config: Spars
 @st.composite
 def configs(draw: st.DrawFn) -> SparsePrefillConfig:
     min_budget = draw(st.sampled_from([0, 0, 16, 40, 100]))
-    return SparsePrefillConfig(
+    return paper_config(
         # 1 / n is where query-aware ties for want of a reason: block (0, 0) holds exactly 1 of the n rows' mass.
         gamma=draw(st.sampled_from([0.13, 0.37]) | st.floats(0.51, 0.995)),
         tau=draw(st.sampled_from([0.0, 0.1, 1.0])),
@@ -114,7 +114,7 @@ def test_structured_heads_select_what_the_oracle_selects(
 
 
 def test_both_patterns_occur_in_one_call_at_the_papers_tau() -> None:
-    config = SparsePrefillConfig(gamma=0.9, tau=0.1, min_budget=0, block_size=16)
+    config = paper_config(gamma=0.9, tau=0.1, min_budget=0, block_size=16)
     query, key = structured_qk(0, 2, 6, 2, 256, 32, block_size=16)
     query[:, ::2] *= 0.05  # almost even attention, which pooling predicts well
     expected = select_with_oracle(query, key, 32**-0.5, config)
@@ -128,7 +128,7 @@ def test_both_patterns_occur_in_one_call_at_the_papers_tau() -> None:
 def test_tau_forces_either_pattern_on_every_structure(
     tau: float, pattern: str, min_budget: int, max_budget: int | None, length: int
 ) -> None:
-    config = SparsePrefillConfig(gamma=0.9, tau=tau, min_budget=min_budget, max_budget=max_budget, block_size=16)
+    config = paper_config(gamma=0.9, tau=tau, min_budget=min_budget, max_budget=max_budget, block_size=16)
     query, key = structured_qk(0, 1, len(STRUCTURES), 1, length, 32, block_size=16)
     assert assert_equals_oracle(query, key, 32**-0.5, config) == {pattern}
 
@@ -144,7 +144,7 @@ def test_tau_zero_trusts_not_even_a_perfect_estimate() -> None:
 def test_rows_of_a_batch_are_independent(make: object) -> None:
     assert callable(make)
     query, key = make(3, 3, 5, 1, 251, 32)
-    config = SparsePrefillConfig(gamma=0.9, min_budget=32, max_budget=96, block_size=16)
+    config = paper_config(gamma=0.9, min_budget=32, max_budget=96, block_size=16)
     # Few at once, so that a batch is cut into chunks of other sizes than its rows alone.
     with mock.patch.dict(SCORES_AT_ONCE, cpu=20_000):
         together = select_prefill_blocks(query, key, None, 0.2, config)
@@ -216,7 +216,7 @@ def is_head_decided(
 def test_lower_precision_selects_what_the_oracle_selects(
     dtype: torch.dtype, tau: float, length: int, structured: bool
 ) -> None:
-    config = SparsePrefillConfig(gamma=0.9, tau=tau, min_budget=0, block_size=16)
+    config = paper_config(gamma=0.9, tau=tau, min_budget=0, block_size=16)
     sizes = (0, 2, 5, 1, length, 32)
     query, key = structured_qk(*sizes, block_size=16, dtype=dtype) if structured else random_qk(*sizes, dtype=dtype)
     selected = select_prefill_blocks(query, key, None, 32**-0.5, config).flatten(0, 1)

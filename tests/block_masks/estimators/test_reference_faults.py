@@ -7,7 +7,15 @@ import math
 
 import pytest
 import torch
-from helpers.inputs import CountOps, covered_share, qk_of_scores, random_qk, representative_weights, structured_qk
+from helpers.inputs import (
+    CountOps,
+    covered_share,
+    paper_config,
+    qk_of_scores,
+    random_qk,
+    representative_weights,
+    structured_qk,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,13 +32,13 @@ from flexprefill_compile.settings.config import SparsePrefillConfig
 
 def vertical_slash(gamma: float, *, block_size: int = 32, min_budget: int = 0) -> SparsePrefillConfig:
     """Return a config under which every head is vertical-slash and, by default, budgets add nothing."""
-    return SparsePrefillConfig(gamma=gamma, tau=0, min_budget=min_budget, block_size=block_size)
+    return paper_config(gamma=gamma, tau=0, min_budget=min_budget, block_size=block_size)
 
 
 def count_ops(batch: int, heads: int, kv_heads: int) -> collections.Counter[str]:
     """Return how often each op runs in a selection with every step in it."""
     query, key = random_qk(0, batch, heads, kv_heads, 200, 16, dtype=torch.float32)
-    config = SparsePrefillConfig(min_budget=32, max_budget=64, block_size=16)
+    config = paper_config(min_budget=32, max_budget=64, block_size=16)
     with CountOps() as ops:
         select_prefill_blocks(query, key, key, 0.25, config)
     return ops.counts
@@ -46,7 +54,7 @@ def test_fault_1_no_shape_depends_on_data() -> None:
     """Fault 1: fake tensors hold no data, so a host sync of any kind raises."""
     with FakeTensorMode():
         query, key = torch.empty(2, 4, 200, 16), torch.empty(2, 2, 200, 16)
-        config = SparsePrefillConfig(min_budget=32, max_budget=64, block_size=16)
+        config = paper_config(min_budget=32, max_budget=64, block_size=16)
         assert select_prefill_blocks(query, key, key, 0.25, config).shape == (2, 4, 13, 13)
 
 
@@ -117,7 +125,7 @@ def test_fault_4_columns_stay_in_their_block_at_every_length(length: int) -> Non
 def test_fault_4_ragged_last_block_averages_its_own_tokens(length: int, tau: float) -> None:
     """Fault 4: a mean over the padded last block is not the mean of its tokens."""
     query, key = random_qk(0, 1, 4, 1, length, 16, spread=3)
-    config = SparsePrefillConfig(gamma=0.6, tau=tau, min_budget=0, block_size=32)
+    config = paper_config(gamma=0.6, tau=tau, min_budget=0, block_size=32)
     selected = select_prefill_blocks(query, key, None, 0.25, config)
     for head in range(4):
         assert torch.equal(selected[0, head], select_head(query[0, head], key[0, 0], 0.25, config).blocks)
@@ -147,7 +155,7 @@ def test_fault_5_sink_and_diagonal_add_to_the_floor() -> None:
 def test_fault_5_sink_and_diagonal_add_to_the_ceiling(tau: float) -> None:
     """Fault 5: the sink and the diagonal consume the budget."""
     query, key = random_qk(0, 1, 3, 1, 256, 16)
-    config = SparsePrefillConfig(gamma=1, tau=tau, min_budget=0, max_budget=64, block_size=32)
+    config = paper_config(gamma=1, tau=tau, min_budget=0, max_budget=64, block_size=32)
     selected = select_prefill_blocks(query, key, None, 0.25, config)
     assert selected[..., 0].all()
     assert selected.diagonal(dim1=-2, dim2=-1).all()
@@ -194,7 +202,7 @@ def test_fault_7_head_with_a_zero_bin_stays_query_aware() -> None:
     pooled_key = key.unflatten(-2, (-1, block_size)).mean(-2)
     assert is_query_aware(representative.mean(-2, keepdim=True), pooled_key, columns, 1.0, tau=0.1).all()
 
-    config = SparsePrefillConfig(gamma=0.7, tau=0.1, min_budget=0, block_size=block_size)
+    config = paper_config(gamma=0.7, tau=0.1, min_budget=0, block_size=block_size)
     selected = select_prefill_blocks(query, key, None, 1.0, config)
     assert not torch.equal(selected, select_prefill_blocks(query, key, None, 1.0, vertical_slash(0.7)))
 
@@ -204,7 +212,7 @@ def test_fault_7_head_with_a_zero_bin_stays_query_aware() -> None:
 def test_fault_8_scale_is_that_of_the_scores(scale: float, tau: float) -> None:
     """Fault 8: the estimate takes 1 / sqrt(D) whatever scale the attention has."""
     query, key = random_qk(0, 1, 3, 1, 200, 16, spread=2)
-    config = SparsePrefillConfig(gamma=0.8, tau=tau, min_budget=0, block_size=16)
+    config = paper_config(gamma=0.8, tau=tau, min_budget=0, block_size=16)
     selected = select_prefill_blocks(query, key, None, scale, config)
     assert torch.equal(selected, select_prefill_blocks(query * scale, key, None, 1.0, config))
     assert not torch.equal(selected, select_prefill_blocks(query, key, None, 4 * scale, config))
@@ -216,9 +224,7 @@ def test_fault_8_pattern_is_judged_at_the_scale_of_the_scores(scale: float) -> N
     scores = torch.linspace(0, 4, 16, dtype=torch.float64).repeat_interleave(32).expand(1, 512, 512)
     query, key = qk_of_scores(scores / scale)
     by_tau = [
-        select_prefill_blocks(
-            query, key, None, scale, SparsePrefillConfig(gamma=0.8, tau=tau, min_budget=0, block_size=32)
-        )
+        select_prefill_blocks(query, key, None, scale, paper_config(gamma=0.8, tau=tau, min_budget=0, block_size=32))
         for tau in (0.1, 1.0, 0.0)
     ]
     assert torch.equal(by_tau[0], by_tau[1])
@@ -230,7 +236,7 @@ def test_fault_8_no_mask_is_kept_between_calls_of_other_shapes() -> None:
     sizes = [(1, 2, 1, 200, 16), (2, 2, 2, 77, 16), (1, 4, 1, 330, 8), (1, 2, 1, 200, 16)]
     for size, block_size in zip(sizes, [32, 16, 64, 16], strict=True):
         query, key = random_qk(0, *size)
-        config = SparsePrefillConfig(gamma=0.8, min_budget=16, block_size=block_size)
+        config = paper_config(gamma=0.8, min_budget=16, block_size=block_size)
         selected = select_prefill_blocks(query, key, None, 0.3, config)
         group = query.shape[1] // key.shape[1]
         for batch, head in torch.cartesian_prod(torch.arange(query.shape[0]), torch.arange(query.shape[1])).tolist():
@@ -243,7 +249,7 @@ def test_fault_8_no_mask_is_kept_between_calls_of_other_shapes() -> None:
 def test_fault_8_no_mask_is_kept_between_calls_on_other_devices() -> None:
     """Fault 8: a causal mask is cached in a global under no key."""
     query, key = random_qk(0, 2, 4, 2, 200, 16)
-    config = SparsePrefillConfig(gamma=0.8, min_budget=16, block_size=16)
+    config = paper_config(gamma=0.8, min_budget=16, block_size=16)
     on_cpu = select_prefill_blocks(query, key, None, 0.25, config)
     on_gpu = select_prefill_blocks(query.cuda(), key.cuda(), None, 0.25, config)
     assert on_gpu.is_cuda
@@ -255,7 +261,7 @@ def test_fault_8_no_mask_is_kept_between_calls_on_other_devices() -> None:
 def test_fault_9_any_batch_dtype_and_grouping_of_heads(dtype: torch.dtype, heads: int, kv_heads: int) -> None:
     """Fault 9: only batch 1, only bfloat16; head h reads key head h // (H / Hkv)."""
     query, key = structured_qk(0, 3, heads, kv_heads, 180, 32, block_size=16, dtype=dtype)
-    config = SparsePrefillConfig(gamma=0.9, min_budget=0, block_size=16)
+    config = paper_config(gamma=0.9, min_budget=0, block_size=16)
     selected = select_prefill_blocks(query, key, None, 32**-0.5, config)
     num_blocks = count_blocks(180, 16)
     assert selected.shape == (3, heads, num_blocks, num_blocks)

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from helpers.inputs import random_qk, structured_qk
+from helpers.inputs import paper_config, random_qk, structured_qk
 from torch import Tensor
 
 from flexprefill_compile.block_masks.layout import count_blocks
@@ -77,14 +77,14 @@ def test_kernels_select_what_plain_pytorch_selects(
     batch: int, heads: int, kv_heads: int, length: int, head_dim: int, block_size: int, dtype: torch.dtype, tau: float
 ) -> None:
     query, key = structured_qk(0, batch, heads, kv_heads, length, head_dim, block_size=block_size, dtype=torch.float32)
-    config = SparsePrefillConfig(gamma=0.9, tau=tau, min_budget=0, block_size=block_size)
+    config = paper_config(gamma=0.9, tau=tau, min_budget=0, block_size=block_size)
     assert_same_blocks(query.to(dtype), key.to(dtype), None, config)
 
 
 @pytest.mark.parametrize(("gamma", "max_budget"), [(0.8, 64), (1.0, 64), (1.0, None)])
 def test_budgets_and_narrow_tables(gamma: float, max_budget: int | None) -> None:
     query, key = random_qk(1, 1, 4, 2, 200, 16, spread=3, dtype=torch.float32)
-    config = SparsePrefillConfig(gamma=gamma, min_budget=32, max_budget=max_budget, block_size=16)
+    config = paper_config(gamma=gamma, min_budget=32, max_budget=max_budget, block_size=16)
     width = 13 if max_budget is None else max_budget // 16 + 1
     assert_same_blocks(query, key, key, config, width)
 
@@ -94,13 +94,13 @@ def test_inputs_of_any_strides() -> None:
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
     key = key.mT.contiguous().mT  # the features lie far apart
     value = torch.randn(1, 1, 100, 40).expand(2, -1, -1, -1)
-    assert_same_blocks(query, key, value, SparsePrefillConfig(gamma=0.7, min_budget=0, block_size=16))
+    assert_same_blocks(query, key, value, paper_config(gamma=0.7, min_budget=0, block_size=16))
 
 
 def test_large_maps_are_searched_by_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels, "MOST_BLOCKS_HELD", 4)
     monkeypatch.setattr(triton_kernels, "MAPS_AT_ONCE_BYTES", 1)  # one head at a time
-    config = SparsePrefillConfig(gamma=0.8, tau=1, min_budget=0, block_size=16)
+    config = paper_config(gamma=0.8, tau=1, min_budget=0, block_size=16)
     selected = assert_same_blocks(*random_qk(3, 1, 2, 1, 150, 16, spread=4, dtype=torch.float32), None, config)
     assert selected.sum() < 0.9 * 2 * 55, "the scenario: not every block is needed"
 
@@ -112,7 +112,7 @@ def test_heads_that_are_not_finite(poison: float, max_budget: int | None, poison
     query, key = random_qk(4, 1, 4, 2, 100, 16, spread=4, dtype=torch.float32)
     tensors = [query, key, torch.randn(1, 2, 100, 16)]
     tensors[poisoned][0, 1, 70, 3] = poison
-    config = SparsePrefillConfig(gamma=0.5, tau=0.3, min_budget=0, max_budget=max_budget, block_size=16)
+    config = paper_config(gamma=0.5, tau=0.3, min_budget=0, max_budget=max_budget, block_size=16)
     selected = assert_same_blocks(tensors[0], tensors[1], tensors[2], config)
     if poisoned > 0:  # the last row reads the block in question, whatever the ceiling
         assert selected[0, 2:, -1, 70 // 16].all()
@@ -125,9 +125,7 @@ def test_each_head_has_its_own_gamma_and_the_last_rows_are_dense(
     monkeypatch.setattr(triton_kernels, "MOST_BLOCKS_HELD", most_blocks_held)
     query, key = structured_qk(0, 1, 4, 2, 100, 16, block_size=16, dtype=torch.float32)
     gammas = (0.4, 1.0, 0.9, 0.7)
-    config = SparsePrefillConfig(
-        gamma=gammas, tau=tau, min_budget=0, max_budget=max_budget, block_size=16, dense_last=20
-    )
+    config = paper_config(gamma=gammas, tau=tau, min_budget=0, max_budget=max_budget, block_size=16, dense_last=20)
     selected = assert_same_blocks(query, key, None, config)
     if max_budget is None:
         assert torch.equal(selected[:, 1], torch.ones_like(selected[:, 1]).tril())
@@ -158,7 +156,7 @@ def test_thresholds_of_exact_masses_reach_gamma_with_the_fewest_entries(
 
 
 def test_what_the_kernels_do_not_take_is_left_to_plain_pytorch() -> None:
-    config = SparsePrefillConfig(block_size=16)
+    config = paper_config(block_size=16)
     query, key = random_qk(5, 1, 1, 1, 64, 16)
     assert triton_kernels.try_select(query, key, None, 0.25, config, 4) is None, "float64"
     wide = torch.zeros(1, 1, 64, 512)
