@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from ..bench.plot import check_plot
 from ..bench.real.compare import Row, compare_methods
@@ -17,7 +16,6 @@ from ..errors import UsageError
 from ..settings.device_defaults import name_device
 from .shared.arguments import positive
 from .shared.checks import check_device_kind, check_file, needs_extra
-from .shared.progress import show_steps
 
 HELP = "compare ways to attend inside a real model: KL, perplexity, density, time and memory beside dense attention"
 
@@ -34,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OPTIONS",
         help="a sparse method: default, or options such as estimator=auto,gamma=0.8 (repeat for more)",
     )
-    parser.add_argument(
-        "--peer", action="append", default=[], metavar="NAME", help="module:function that attends, f(q, k, v)"
-    )
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME", help="module:function, f(q, k, v)")
     parser.add_argument("--rounds", type=positive, default=4, metavar="N", help="timed prefills of each method")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="a file for all figures")
@@ -54,7 +50,10 @@ def run(arguments: argparse.Namespace) -> None:
     check_plot(arguments.plot)
     methods = create_methods(arguments.device, arguments.sparse or ["default"], arguments.peer)
     with needs_extra("hf", "bench-real"):
-        from ..models import load_model, read_tokens  # noqa: PLC0415  (needs the extra "hf")
+        from rich.console import Console  # noqa: PLC0415  (needs the extra "hf")
+
+        from ..models import load_model, read_tokens  # noqa: PLC0415
+        from .shared.progress import show_steps  # noqa: PLC0415
     model, tokenizer = load_model(arguments.model, arguments.device)
     rows: list[Row] = []
     with show_steps(Console(stderr=True)) as announce:

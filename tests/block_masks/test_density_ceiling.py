@@ -35,7 +35,7 @@ def inputs_of(length: int, *, spread: float) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def compiled() -> Any:
-    options = OPTIONS | {"gamma": 0.9, "max_density": 0.5}
+    options = OPTIONS | {"estimator": "flexprefill", "gamma": 0.9, "max_density": 0.5}
     return torch.compile(causal_attention, backend=FlexPrefillBackend(), dynamic=True, options=options)
 
 

@@ -100,8 +100,9 @@ def test_scale_is_one_over_sqrt_of_head_dim_by_default() -> None:
     assert not torch.equal(by_default, create_prefill_block_mask(query, key, CONFIG, scale=1.0).to_dense())
 
 
-def test_default_config_keeps_the_papers_floor() -> None:
-    mask = create_prefill_block_mask(*structured_qk(0, 1, 5, 1, 2048, 32, block_size=128, dtype=torch.float32))
+def test_the_papers_config_keeps_the_papers_floor() -> None:
+    query, key = structured_qk(0, 1, 5, 1, 2048, 32, block_size=128, dtype=torch.float32)
+    mask = create_prefill_block_mask(query, key, paper_config())
     num_optional = torch.arange(16).sub(1).clamp(0, 1024 // 128)
     floor = num_optional + torch.arange(1, 17).clamp(max=2)
     assert (mask.to_dense().sum(-1) >= floor).all()

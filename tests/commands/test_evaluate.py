@@ -26,11 +26,11 @@ def test_the_command_prints_dense_beside_sparse(
     assert main(["evaluate", *arguments, *settings]) == 0
     output = capsys.readouterr().out
     for task in ("needle", "code"):
-        assert re.search(rf"^{task} +1200 +flexprefill( +-\d\.\d+){{2}} +[+-]\d\.\d+ .*%", output, re.MULTILINE)
-    assert re.search(r"^flexprefill: worse than dense on \d of 2", output, re.MULTILINE)
+        assert re.search(rf"^{task} +1200 +pooled( +-\d\.\d+){{2}} +[+-]\d\.\d+ .*%", output, re.MULTILINE)
+    assert re.search(r"^pooled: worse than dense on \d of 2", output, re.MULTILINE)
     assert f"wrote {file}\n" in output
     figures = json.loads(file.read_text())
-    assert figures["settings"]["configs"]["flexprefill"]["gamma"] == 0.5
+    assert figures["settings"]["configs"]["pooled"]["gamma"] == 0.5
     for comparison in figures["comparisons"]:
         assert len(comparison["dense"]) == len(comparison["sparse"]) == 3
         assert 0 < comparison["density"] < 1

@@ -10,7 +10,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 LENGTH = 200
 BLOCK = 16
-OPTIONS: dict[str, Any] = {"block_size": BLOCK, "min_budget": 0, "gamma": 0.7}
+OPTIONS: dict[str, Any] = {"estimator": "flexprefill", "block_size": BLOCK, "min_budget": 0, "gamma": 0.7}
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 64,
