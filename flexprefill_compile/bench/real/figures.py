@@ -34,7 +34,7 @@ def _describe(row: Row, base: dict[str, float]) -> dict[str, str]:
         "tokens": str(row.tokens),
         "method": row.method,
         "blocks": f"{own['density']:.1%}",
-        "KL": f"{own['divergence']:.4f}",
+        "KL": f"{max(own['divergence'], 0):.4f}",
         "ppl ratio": f"{own['perplexity_ratio']:.4f}",
         "top-1": f"{own['agreement']:.1%}",
         "attention ms": f"{own['attention_ms']:.1f}",
