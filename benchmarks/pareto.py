@@ -29,7 +29,7 @@ from flexprefill_compile.models import DEFAULT_TEXTS, load_model, read_tokens
 from flexprefill_compile.quality.calibration.text_measurer import TextMeasurer, select_tables
 from flexprefill_compile.settings.config import SparsePrefillConfig
 
-ESTIMATORS = ("auto", "flexprefill", "xattention", "sampled", "streaming", "oracle")
+ESTIMATORS = ("pooled", "auto", "flexprefill", "xattention", "sampled", "streaming", "oracle")
 STREAMING_BUDGETS = (256, 512, 1024, 2048)  # its window is all that it has
 # Below it, ratios differ by what float32 leaves open.
 TOLERANCE = 2e-4
