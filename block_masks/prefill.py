@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexprefill_compile.ops import SELECT_BLOCKS, index_width
 from flexprefill_compile.settings.config import SparsePrefillConfig, check_config
+from flexprefill_compile.settings.device_defaults import resolve_selection
 
 from .estimators.inputs import EstimatorInputs
 from .estimators.table import find_row
@@ -37,7 +38,7 @@ def create_prefill_block_mask(
     Args:
         query: (B, H, S, D), floating point.
         key: (B, Hkv, S, D), of the same dtype and device; H is a multiple of Hkv.
-        config: What to select; ``min_length`` and ``on_skip`` play no part here.
+        config: What to select; ``min_length`` and ``on_skip`` play no part here, and blocks are 128 unless given.
         scale: Factor on the scores, 1 / sqrt(D) by default.
 
     Raises:
@@ -45,6 +46,7 @@ def create_prefill_block_mask(
     """
     check_config(config)
     _check_query_and_key(query, key)
+    config = resolve_selection(config, ["block_size"], query.device)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     length = query.shape[-2]
     num_blocks = count_blocks(length, config.block_size)

@@ -25,7 +25,7 @@ from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass, find_si
 from .parallel.agreement import agree_first
 from .report import RewriteReport, Site, SkipReason, check_skips
 from .settings.config import DensityCeiling, InvalidOptionError, SparsePrefillConfig, split_options
-from .settings.device_defaults import find_device, resolve_block_size, resolve_ceiling, resolve_min_length
+from .settings.device_defaults import find_device, resolve_ceiling, resolve_min_length, resolve_selection
 from .torch_internals import (
     CONTROL_FLOW,
     GraphSnapshot,
@@ -81,7 +81,7 @@ class FlexPrefillBackend:
             SequenceParallelError: ``sequence_parallel`` and something would come out wrong.
         """
         config, config_patches = split_options(options, inductor_option_names())
-        config = resolve_block_size(config, options or {}, find_device(example_inputs))
+        config = resolve_selection(config, options or {}, find_device(example_inputs))
         config = resolve_min_length(config, example_inputs)
         config_patches = _mode_patches(mode) | config_patches
         ceiling = resolve_ceiling(config, example_inputs, has_cuda_graphs=has_cuda_graphs(config_patches))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection
 
@@ -52,7 +53,7 @@ def config_for_layer(config: SparsePrefillConfig, layer: int | None, num_heads: 
         if own.dense:
             return None
         try:
-            config = config.override(policy=None, **own.overrides())
+            config = dataclasses.replace(config, policy=None, **own.overrides())
         except InvalidOptionError as error:
             raise InvalidOptionError(f"layer {layer} of the policy: {error}") from None
     if layer in config.dense_layers:
@@ -64,7 +65,7 @@ def config_for_layer(config: SparsePrefillConfig, layer: int | None, num_heads: 
         )
     if len(config.gammas) in (1, shard.count):
         return config
-    return config.override(gamma=tuple(config.gammas[shard.start : shard.start + shard.count]))
+    return dataclasses.replace(config, gamma=tuple(config.gammas[shard.start : shard.start + shard.count]))
 
 
 def _check_shard(expected: int, num_heads: int) -> None:

@@ -71,6 +71,7 @@ _ROWS = (
         _score_with("pooled", score_pooled),
         select_by_kernels=select_pooled,
         gamma=0.8,
+        cpu_gamma=0.97,
         min_budget=None,
         gpu_block_size=64,
     ),

@@ -23,7 +23,7 @@ from ..bench.timing.rates import measure_rates
 from ..errors import UsageError
 from ..report import AttentionSkippedError
 from ..settings.config import KERNEL_BACKENDS, SparsePrefillConfig
-from ..settings.device_defaults import name_device, resolve_block_size
+from ..settings.device_defaults import name_device, resolve_selection
 from .shared.arguments import ESTIMATOR_HELP, add_layer_shape, positive
 from .shared.checks import check_device_kind, check_file, check_heads, needs_extra
 
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _read_config(arguments: argparse.Namespace) -> SparsePrefillConfig:
     names = ("gamma", "min_budget", "max_budget", "max_density", "block_size", "estimator", "kernel_backend")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    return resolve_block_size(SparsePrefillConfig(**given), given, torch.device(arguments.device))
+    return resolve_selection(SparsePrefillConfig(**given), given, torch.device(arguments.device))
 
 
 def _check_model(path: Path | None) -> None:

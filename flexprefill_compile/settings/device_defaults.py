@@ -19,6 +19,7 @@ import torch
 
 from ..torch_internals import is_flash_available
 from .config import DensityCeiling, SparsePrefillConfig
+from .policy import LayerPolicy, Policy
 from .registry import find_defaults
 
 logger = logging.getLogger(__name__)
@@ -36,18 +37,38 @@ _CEILING_FROM_UNKNOWN_GPU = 65536
 GPU_MAX_DENSITY = 0.75
 
 
-def resolve_block_size(
+def resolve_selection(
     config: SparsePrefillConfig, options: Collection[str], device: torch.device
 ) -> SparsePrefillConfig:
-    """Fill in ``block_size`` where it is not among the options given.
+    """Fill in what an estimator selects by on a device: ``gamma`` on a CPU, ``block_size`` on a GPU.
 
     The kernels of flash-attn-4 take blocks of 128 alone: where they may run, blocks stay as large.
+
+    Args:
+        config: As the user gave it.
+        options: The names given; a ``block_size`` among them stays.
+        device: Of the inputs.
     """
-    if "block_size" in options or device.type != "cuda":
+    if device.type == "cuda":
+        may_use_flash = config.kernel_backend != "triton" and is_flash_available()
+        if "block_size" in options or may_use_flash:
+            return config
+        return dataclasses.replace(config, block_size=find_defaults(config.estimator).gpu_block_size)
+    if config.gamma is not None:
         return config
-    may_use_flash = config.kernel_backend != "triton" and is_flash_available()
-    block_size = config.block_size if may_use_flash else find_defaults(config.estimator).gpu_block_size
-    return dataclasses.replace(config, block_size=block_size)
+    policy = config.policy
+    if isinstance(policy, Policy):
+        policy = dataclasses.replace(
+            policy, layers={number: _fill_gamma(own) for number, own in dict(policy.layers).items()}
+        )
+    return dataclasses.replace(config, gamma=find_defaults(config.estimator).cpu_gamma, policy=policy)
+
+
+def _fill_gamma(layer: LayerPolicy) -> LayerPolicy:
+    """Give a layer with an estimator of its own that estimator's gamma on a CPU."""
+    if layer.estimator is None or layer.gamma is not None:
+        return layer
+    return dataclasses.replace(layer, gamma=find_defaults(layer.estimator).cpu_gamma)
 
 
 def resolve_min_length(config: SparsePrefillConfig, example_inputs: Sequence[Any]) -> SparsePrefillConfig:

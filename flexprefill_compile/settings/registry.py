@@ -26,6 +26,7 @@ class BuiltIn:
         is_dense: Whether it keeps every block, whatever the inputs.
         gamma: Its default.
         min_budget: Its default, in tokens; None follows the length of the context.
+        cpu_gamma: Its default on a CPU.
         gpu_block_size: Its default on a GPU by FlexAttention's Triton template, in tokens; 128 elsewhere.
     """
 
@@ -33,6 +34,7 @@ class BuiltIn:
     is_dense: bool = False
     gamma: float = 0.95
     min_budget: int | None = 1024
+    cpu_gamma: float = 0.95
     gpu_block_size: int = 128
 
 

@@ -49,10 +49,12 @@ def test_a_value_out_of_range_is_refused_in_one_sentence(field: str, value: Any,
 
 
 def test_the_papers_estimator_has_the_papers_defaults() -> None:
-    assert dataclasses.asdict(SparsePrefillConfig(estimator="flexprefill")) == {
-        "gamma": 0.95,
+    config = SparsePrefillConfig(estimator="flexprefill")
+    assert (config.gammas, config.floor_at(2**20)) == ([0.95], 1024)
+    assert dataclasses.asdict(config) == {
+        "gamma": None,
         "tau": 0.1,
-        "min_budget": 1024,
+        "min_budget": None,
         "max_budget": None,
         "block_size": 128,
         "min_length": None,

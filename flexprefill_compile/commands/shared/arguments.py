@@ -9,11 +9,11 @@ from typing import Any
 from ...settings.config import SparsePrefillConfig
 from ...settings.registry import BUILT_IN
 
-_SELECTION: tuple[tuple[str, type, str], ...] = (
-    ("--gamma", float, "share of the attention that the selected blocks reach; 1 is dense"),
-    ("--min-budget", int, "tokens that each query row computes at least"),
-    ("--max-budget", int, "tokens that each query row computes at most"),
-    ("--block-size", int, "tokens a block: a power of two from 16 to 512"),
+_SELECTION: tuple[tuple[str, type, str, str], ...] = (
+    ("--gamma", float, "share of the attention that the selected blocks reach; 1 is dense", "the estimator's"),
+    ("--min-budget", int, "tokens that each query row computes at least", "the estimator's"),
+    ("--max-budget", int, "tokens that each query row computes at most", "no limit"),
+    ("--block-size", int, "tokens a block: a power of two from 16 to 512", "the device's"),
 )
 ESTIMATOR_HELP = f"how blocks are chosen: {', '.join(BUILT_IN)}"
 
@@ -50,9 +50,8 @@ def add_device(parser: argparse.ArgumentParser, default: str) -> None:
 
 def add_selection(parser: argparse.ArgumentParser, *, has_estimator: bool = True) -> None:
     """Add fields of ``SparsePrefillConfig``; ``read_selection`` returns those that the user gave."""
-    for name, kind, meaning in _SELECTION:
-        default = getattr(SparsePrefillConfig, name.removeprefix("--").replace("-", "_"))
-        text = f"{meaning} (default: {'no limit' if default is None else default})"
+    for name, kind, meaning, default in _SELECTION:
+        text = f"{meaning} (default: {default})"
         parser.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar="N", help=text)
     if has_estimator:
         text = f"{ESTIMATOR_HELP} (default: {SparsePrefillConfig.estimator})"

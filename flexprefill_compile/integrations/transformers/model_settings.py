@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flexprefill_compile.passes.layer_config import check_layer_is_known, config_for_layer
 
 from ...settings.config import SparsePrefillConfig, split_options
-from ...settings.device_defaults import resolve_min_length
+from ...settings.device_defaults import resolve_min_length, resolve_selection
 from ...settings.policy import Policy
 from ...torch_internals import inductor_option_names
 
@@ -80,6 +80,7 @@ def _parse(options: Any, device: torch.device) -> _Parsed:
         if known.device == device and known.options == (options or {}):
             return known
     config, inductor = split_options(options, _list_inductor_options())
+    config = resolve_selection(config, options or {}, device)
     config = resolve_min_length(config, [torch.empty(0, device=device)])
     _parsed.append(_Parsed(dict(options or {}), device, config, inductor))
     del _parsed[:-_MOST_KEPT]

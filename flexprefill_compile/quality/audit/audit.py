@@ -14,7 +14,7 @@ from flexprefill_compile.passes.layer_config import config_for_layer, number_lay
 
 from ...backend import flexprefill
 from ...settings.config import InvalidOptionError, SparsePrefillConfig, split_options
-from ...settings.device_defaults import resolve_block_size
+from ...settings.device_defaults import resolve_selection
 from ...torch_internals import compile_settings, inductor_option_names
 from ..model_prefill import Model, Prompt, prefill_dense
 from ..predictions import compare_predictions
@@ -63,7 +63,7 @@ def audit(
     if config.sequence_parallel is not None:
         raise InvalidOptionError("audit needs the whole prompt on one rank: leave sequence_parallel out")
     prompt = Prompt(args, kwargs)
-    config = resolve_block_size(config, options or {}, prompt.tokens.device)
+    config = resolve_selection(config, options or {}, prompt.tokens.device)
     check_sparsity(prompt.tokens.shape[1], config)
     say = progress or (lambda _: None)
     say("dense prefill")
