@@ -32,6 +32,7 @@ def test_the_docs_show_the_graphs_that_the_example_prints(monkeypatch: pytest.Mo
 
 def test_the_readme_lists_every_setting_with_its_default() -> None:
     readme = (ROOT / "README.md").read_text()
+    defaults = find_defaults(SparsePrefillConfig.estimator)
     for name, field in SparsePrefillConfig.__dataclass_fields__.items():
         shown = {
             "max_budget": "none",
@@ -42,7 +43,8 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
             "policy": "none",
             "sequence_parallel": "none",
             "tensor_parallel": "none",
-            "gamma": str(SparsePrefillConfig().gamma),
+            "gamma": f"{defaults.gamma}; {defaults.cpu_gamma} on a CPU",
+            "block_size": f"128; {defaults.gpu_block_size} on a GPU",
             "min_budget": "512 to 1024",
             "estimator": '`"pooled"`',
             "on_skip": '`"keep"`',
