@@ -14,7 +14,7 @@ import torch
 import flexprefill_compile
 from flexprefill_compile import LayerPolicy, Policy, SparsePrefillConfig, block_masks, models, parallel
 from flexprefill_compile.block_masks import record_densities
-from flexprefill_compile.settings.registry import BUILT_IN
+from flexprefill_compile.settings.registry import BUILT_IN, find_defaults
 
 ROOT = Path(__file__).parents[1]
 
