@@ -1,7 +1,7 @@
 """The Triton kernel that selects by pooled keys under a mask: queries, means and kinds of blocks in, tables out.
 
-A program scores only the tiles of key blocks in which one of its query blocks sees something. It lists them first, in
-the memory of its tables; its masses lie there too.
+A program scores two runs of tiles of key blocks, those in which its query blocks see something and what lies between
+them, but for the first gap. Its masses lie in the memory of its tables.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def select_by_masked_pools(
     COLUMNS: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     AT_ONCE: tl.constexpr,
-    LIST: tl.constexpr,
+    LOOKED: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_GAMMAS: tl.constexpr,
     HAS_CEILING: tl.constexpr,
@@ -95,10 +95,9 @@ def select_by_masked_pools(
     own_words = words + _find_mask_row(own, batch, first_head, mask_batch, mask_head, num_q_blocks, GROUP) * (
         num_key_tiles * 2
     )
-    # Until the blocks are packed, the first own row of ``partial_indices`` holds the list.
-    first_entry = (batch_kv * GROUP + first_segment % GROUP) * num_q_blocks + first_segment // GROUP
-    tiles = partial_indices + first_entry * num_k_blocks
-    num_listed = _list_tiles(own_words, is_own, tiles, num_key_tiles, tile_blocks, LIST)
+    first_tile, gap, after, stop, sure, sure_stop = _find_tiles(own_words, is_own, num_key_tiles, tile_blocks, LOOKED)
+    before_gap = gap - first_tile
+    num_scored = before_gap + stop - after
 
     # The sampled queries: the middle of those that count of each STRIDE.
     row = tl.arange(0, ROWS)
@@ -121,14 +120,15 @@ def select_by_masked_pools(
         tl.where(is_row, segment, first_segment), batch, first_head, mask_batch, mask_head, num_q_blocks, GROUP
     ) * (num_key_tiles * 2)
     position += tl.load(offset).to(tl.int32)
-    tl.debug_barrier()
 
     # The normaliser of each row.
     largest = tl.full([ROWS], -1e38, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for i in tl.range(0, num_listed, num_stages=NUM_STAGES):
+    for i in tl.range(0, num_scored, num_stages=NUM_STAGES):
+        tile = i + tl.where(i < before_gap, first_tile, after - before_gap)
+        is_sure = (tile >= sure) & (tile < sure_stop)
         scores = _score_masked_tile(
-            queries, means, log_weights, row_words, tl.load(tiles + i), position, scale_log2e, cap_log2e, POOL,
+            queries, means, log_weights, row_words, tile, is_sure, position, scale_log2e, cap_log2e, POOL,
             block_keys, HEAD_DIM, WIDTH, COLUMNS, HAS_CAP, PRECISION,
         )  # fmt: skip
         new_largest = tl.maximum(largest, tl.max(scores, 1))
@@ -143,15 +143,16 @@ def select_by_masked_pools(
     log_total = tl.where(has_mass, log_total, float("inf"))
 
     # The mass of each block.
-    for i in tl.range(0, num_listed, num_stages=NUM_STAGES):
-        entry = tl.load(tiles + i)
+    for i in tl.range(0, num_scored, num_stages=NUM_STAGES):
+        tile = i + tl.where(i < before_gap, first_tile, after - before_gap)
+        is_sure = (tile >= sure) & (tile < sure_stop)
         scores = _score_masked_tile(
-            queries, means, log_weights, row_words, entry, position, scale_log2e, cap_log2e, POOL, block_keys, HEAD_DIM,
-            WIDTH, COLUMNS, HAS_CAP, PRECISION,
+            queries, means, log_weights, row_words, tile, is_sure, position, scale_log2e, cap_log2e, POOL, block_keys,
+            HEAD_DIM, WIDTH, COLUMNS, HAS_CAP, PRECISION,
         )  # fmt: skip
         mass = sum_keys(tl.exp2(scores - log_total[:, None]), ROWS, COLUMNS, block_keys)
         mass = tl.sum(tl.reshape(mass, [num_own, samples, tile_blocks]), 1)
-        block = entry // 2 * tile_blocks + tl.arange(0, tile_blocks)
+        block = tile * tile_blocks + tl.arange(0, tile_blocks)
         is_there = is_own[:, None] & (block < num_k_blocks)[None, :]
         tl.store(masses + (own_entry * num_k_blocks)[:, None] + block[None, :], mass, mask=is_there)
     tl.debug_barrier()
@@ -191,33 +192,54 @@ def _find_mask_row(
 
 
 @triton.jit
-def _list_tiles(
-    own_words: tl.tensor,
-    is_own: tl.tensor,
-    tiles: tl.tensor,
-    num_key_tiles: int,
-    TILE_BLOCKS: tl.constexpr,
-    LIST: tl.constexpr,
+def _find_tiles(
+    own_words: tl.tensor, is_own: tl.tensor, num_key_tiles: int, TILE_BLOCKS: tl.constexpr, AT_ONCE: tl.constexpr
 ) -> tl.tensor:
-    """List the tiles in which some row sees something: twice their number, and 1 more if all rows see all of it.
+    """Find the tiles in which some row sees something.
 
     Returns:
-        How many are listed.
+        The first and the end of a run of them, the start and the end of what follows after a gap, and the first and the
+        end of a run of tiles of which each row sees all.
     """
+    stop = tl.full([], 0, tl.int32)
+    first = stop + num_key_tiles
+    sure = first
+    for start in range(0, num_key_tiles, AT_ONCE):
+        tile, is_some, is_all = _look_at_tiles(own_words, is_own, start, num_key_tiles, TILE_BLOCKS, AT_ONCE)
+        first = tl.minimum(first, tl.min(tl.where(is_some, tile, num_key_tiles), 0))
+        stop = tl.maximum(stop, tl.max(tl.where(is_some, tile + 1, 0), 0))
+        sure = tl.minimum(sure, tl.min(tl.where(is_all, tile, num_key_tiles), 0))
+    gap, sure_stop = stop, stop
+    for start in range(0, num_key_tiles, AT_ONCE):
+        tile, is_some, is_all = _look_at_tiles(own_words, is_own, start, num_key_tiles, TILE_BLOCKS, AT_ONCE)
+        gap = tl.minimum(gap, tl.min(tl.where((tile > first) & (is_some == 0), tile, num_key_tiles), 0))
+        sure_stop = tl.minimum(sure_stop, tl.min(tl.where((tile > sure) & (is_all == 0), tile, num_key_tiles), 0))
+    after = stop
+    for start in range(gap // AT_ONCE * AT_ONCE, stop, AT_ONCE):
+        tile, is_some, is_all = _look_at_tiles(own_words, is_own, start, num_key_tiles, TILE_BLOCKS, AT_ONCE)
+        after = tl.minimum(after, tl.min(tl.where((tile > gap) & is_some, tile, num_key_tiles), 0))
+    return first, gap, after, stop, sure, sure_stop
+
+
+@triton.jit
+def _look_at_tiles(
+    own_words: tl.tensor,
+    is_own: tl.tensor,
+    start: tl.tensor,
+    num_key_tiles: int,
+    TILE_BLOCKS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+) -> tl.tensor:
+    """Return AT_ONCE tiles, and of each whether some row sees something of it, and whether all rows see all of it."""
     every_bit: tl.constexpr = -1 if TILE_BLOCKS == 32 else (1 << TILE_BLOCKS) - 1
-    num_listed = tl.full([], 0, tl.int32)
-    for first in range(0, num_key_tiles, LIST):
-        tile = first + tl.arange(0, LIST)
-        place = own_words[:, None] + tile[None, :] * 2
-        is_read = is_own[:, None] & (tile < num_key_tiles)[None, :]
-        seen = tl.load(place, mask=is_read, other=0)
-        unsure = tl.load(place + 1, mask=is_read, other=0)
-        is_some = tl.max(((seen | unsure) != 0).to(tl.int32), 0)
-        is_all = tl.min((((seen == every_bit) & (unsure == 0)) | (is_own == 0)[:, None]).to(tl.int32), 0)
-        slot = num_listed + tl.cumsum(is_some, 0) - 1
-        tl.store(tiles + slot, tile * 2 + is_all, mask=is_some > 0)
-        num_listed += tl.sum(is_some, 0)
-    return num_listed
+    tile = start + tl.arange(0, AT_ONCE)
+    place = own_words[:, None] + tile[None, :] * 2
+    is_read = is_own[:, None] & (tile < num_key_tiles)[None, :]
+    seen = tl.load(place, mask=is_read, other=0)
+    unsure = tl.load(place + 1, mask=is_read, other=0)
+    is_some = tl.max(((seen | unsure) != 0).to(tl.int32), 0) > 0
+    is_whole = ((seen == every_bit) & (unsure == 0)) | (is_own == 0)[:, None]
+    return tile, is_some, (tl.min(is_whole.to(tl.int32), 0) > 0) & (tile < num_key_tiles)
 
 
 @triton.jit
@@ -226,7 +248,8 @@ def _score_masked_tile(
     means: tl.tensor,
     log_weights: tl.tensor,
     row_words: tl.tensor,
-    entry: tl.tensor,
+    tile: tl.tensor,
+    is_sure: tl.tensor,
     position: tl.tensor,
     scale_log2e: float,
     cap_log2e: float,
@@ -238,11 +261,10 @@ def _score_masked_tile(
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """Return the scores of a tile of the list as powers of two, (ROWS, COLUMNS) float32, as ``order_columns`` has it.
+    """Return the scores of a tile as powers of two, (ROWS, COLUMNS) float32, in the order of ``order_columns``.
 
-    ``row_words`` points to the words of each row.
+    ``row_words`` points to the words of each row. Of a tile that ``is_sure``, each row sees all.
     """
-    tile = entry // 2
     column = order_columns(COLUMNS, KEYS)
     pool = tile * COLUMNS + column
     feature = tl.arange(0, WIDTH)
@@ -251,7 +273,7 @@ def _score_masked_tile(
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale_log2e
     if HAS_CAP:  # cap * tanh(score / cap); the hyperbolic tangent of x is 1 - 2 / (exp(2 x) + 1)
         scores = cap_log2e - 2 * cap_log2e / (tl.exp2(scores * (2.8853900817779268 / cap_log2e)) + 1)
-    if entry % 2 == 0:
+    if is_sure == 0:
         seen = tl.load(row_words + tile * 2)
         unsure = tl.load(row_words + tile * 2 + 1)
         # Of a block that the mask may cut, the means of keys up to the query's position are taken for seen.

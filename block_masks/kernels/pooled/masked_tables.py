@@ -22,7 +22,7 @@ from .tables import MOST_BLOCKS, Tile, can_select, choose_tile, name_strides, ru
 
 _WORD_BITS = 32
 _MARK_ROWS = 16  # query blocks whose kinds a program writes
-_LISTED_AT_ONCE = 2048  # words that a program looks at together
+_LOOKED_AT_ONCE = 2048  # words that a program looks at together
 # The facts that the kernels read, and their dimensions before the contiguous ones.
 _FACTS = {
     "certain": ("batch", "head"),
@@ -199,12 +199,12 @@ class _MaskedPlan:
             "COLUMNS": tile.columns,
             "NUM_BLOCKS": width,
             "AT_ONCE": min(num_own, max(1, tile.entries // width)),
-            "LIST": min(next_power_of_2(num_key_tiles), max(1, _LISTED_AT_ONCE // num_own)),
+            "LOOKED": min(next_power_of_2(num_key_tiles), max(1, _LOOKED_AT_ONCE // num_own)),
             "HAS_CAP": softcap is not None,
             "HAS_GAMMAS": self.has_gammas,
             "HAS_CEILING": config.max_budget is not None,
             "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
-            "NUM_STAGES": tile.num_stages + 1,  # the number of a tile is a load too
+            "NUM_STAGES": tile.num_stages,
         }
 
     def run(self, query: Tensor, key: Tensor, value: Tensor | None, facts: dict[str, Tensor]) -> BlockTables:
