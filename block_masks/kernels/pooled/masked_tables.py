@@ -23,6 +23,7 @@ from .tables import MOST_BLOCKS, Tile, can_select, choose_tile, name_strides, ru
 _WORD_BITS = 32
 _MARK_ROWS = 16  # query blocks whose kinds a program writes
 _LOOKED_AT_ONCE = 2048  # words that a program looks at together
+_MOST_REGISTERS = 168  # a thread: three programs share a multiprocessor, as many as its memory holds
 # The facts that the kernels read, and their dimensions before the contiguous ones.
 _FACTS = {
     "certain": ("batch", "head"),
@@ -239,7 +240,13 @@ class _MaskedPlan:
             "full_indices": tables.full_kv_indices,
         }
         arguments = self.selection | buffers | outputs
-        self.launcher.run(select_by_masked_pools, self.grid, arguments, num_warps=self.tile.num_warps)
+        self.launcher.run(
+            select_by_masked_pools,
+            self.grid,
+            arguments,
+            num_warps=self.tile.num_warps,
+            most_registers=_MOST_REGISTERS,
+        )
         return tables
 
 
