@@ -19,10 +19,22 @@ from .estimators.flexprefill.masked_selection import list_candidates
 from .estimators.inputs import EstimatorInputs
 from .estimators.table import find_row
 from .gammas import place_gammas, take_all_of_dense_heads
-from .layout import count_blocks, pack_masked_blocks
+from .layout import BlockTables, count_blocks, pack_masked_blocks
 from .masks.facts import MaskFacts
 from .recording import record
 from .select import bound_rows
+
+
+def select_masked_prefill_tables(
+    query: Tensor, key: Tensor, value: Tensor | None, facts: MaskFacts, rule: ScoreRule, config: SparsePrefillConfig
+) -> BlockTables:
+    """Select and pack the blocks of masked attention, on a GPU by Triton kernels where they take the inputs."""
+    select_by_kernels = find_row(config).select_masked_by_kernels
+    if query.is_cuda and select_by_kernels is not None and rule.bias is None:
+        tables = select_by_kernels(query, key, value, facts, rule.scale, rule.softcap, config)
+        if tables is not None:
+            return tables
+    return pack_masked_blocks(select_masked_prefill_blocks(query, key, value, facts, rule, config), facts.certain)
 
 
 def select_masked_prefill_blocks(
@@ -90,8 +102,7 @@ def _select_masked_blocks(
     score_bias, scale, softcap, *selection = arguments[num_facts:]
     config = SparsePrefillConfig.from_selection(*selection)
     rule = ScoreRule(scale, softcap, score_bias)
-    selected = select_masked_prefill_blocks(query, key, value, facts, rule, config)
-    tables = pack_masked_blocks(selected, facts.certain)
+    tables = select_masked_prefill_tables(query, key, value, facts, rule, config)
     record(tables, facts.possible)
     return tables
 

@@ -10,6 +10,7 @@ from flexprefill_compile.settings.config import SparsePrefillConfig
 
 from ..attention_inputs import AttentionInputs
 from ..layout import BlockTables
+from ..masks.facts import MaskFacts
 
 
 def share_rows(inputs: AttentionInputs, rows_per_block: int) -> Tensor | None:
@@ -54,6 +55,23 @@ def select_pooled(
     except ImportError:
         return None
     return tables.try_select(query, key, value, scale, config, width)
+
+
+def select_masked_pooled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    facts: MaskFacts,
+    scale: float,
+    softcap: float | None,
+    config: SparsePrefillConfig,
+) -> BlockTables | None:
+    """Select and pack the blocks of masked attention by pooled keys; scores have no bias."""
+    try:
+        from ..kernels.pooled import masked_tables  # noqa: PLC0415  (Triton is not on every platform)
+    except ImportError:
+        return None
+    return masked_tables.try_select_masked(query, key, value, facts, scale, softcap, config)
 
 
 def select_scored(

@@ -23,7 +23,7 @@ from .flexprefill.causal_selection import choose_flexprefill
 from .flexprefill.masked_representative import ScoreRule
 from .flexprefill.masked_selection import choose_masked_flexprefill
 from .inputs import EstimatorInputs
-from .kernel_calls import select_flexprefill, select_pooled
+from .kernel_calls import select_flexprefill, select_masked_pooled, select_pooled
 from .pooled import score_pooled
 from .sampled import score_sampled
 from .scoring import Choose, Score, choose_by_score, choose_masked_by_score, score_by_user, select_by_score
@@ -31,6 +31,9 @@ from .xattention import score_xattention
 
 _ChooseMasked = Callable[[EstimatorInputs, MaskFacts, ScoreRule, SparsePrefillConfig], Choice]
 _SelectByKernels = Callable[[Tensor, Tensor, Tensor | None, float, SparsePrefillConfig, int], BlockTables | None]
+_SelectMaskedByKernels = Callable[
+    [Tensor, Tensor, Tensor | None, MaskFacts, float, float | None, SparsePrefillConfig], BlockTables | None
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,8 @@ class EstimatorRow(BuiltIn):
         select_by_kernels: Selects and packs blocks of causal attention on a GPU, from query, key, value, scale, config
             and the width of the indices; returns None where the kernels don't take the inputs. None for an estimator
             that reads neither queries nor keys.
+        select_masked_by_kernels: The same under a mask, without a bias on the scores, from query, key, value, facts,
+            scale, softcap and config. None for an estimator without such kernels.
         score: Returns block scores, (B, H, num_q_blocks, num_k_blocks), zero off the grid; None for an estimator that
             chooses without scores.
     """
@@ -52,6 +57,7 @@ class EstimatorRow(BuiltIn):
     choose: Choose
     choose_masked: _ChooseMasked
     select_by_kernels: _SelectByKernels | None = None
+    select_masked_by_kernels: _SelectMaskedByKernels | None = None
     score: Score | None = None
 
 
@@ -70,6 +76,7 @@ _ROWS = (
     dataclasses.replace(
         _score_with("pooled", score_pooled),
         select_by_kernels=select_pooled,
+        select_masked_by_kernels=select_masked_pooled,
         gamma=0.8,
         cpu_gamma=0.97,
         min_budget=None,

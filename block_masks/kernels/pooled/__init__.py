@@ -1,4 +1,4 @@
-"""The estimator ``pooled`` as two Triton kernels; what they have in common with plain PyTorch stands here."""
+"""The estimator ``pooled`` as Triton kernels, two causal and two masked; what plain PyTorch shares stands here."""
 
 from __future__ import annotations
 

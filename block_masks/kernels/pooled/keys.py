@@ -50,27 +50,27 @@ def pool_keys(
         feature = tl.arange(0, WIDTH)
         for part in tl.static_range(BLOCK // TOKENS):
             first = block * BLOCK + part * TOKENS
-            keys = _load_tokens(key, first, length, key_token, key_feature, HEAD_DIM, WIDTH, TOKENS)
+            keys = load_tokens(key, first, length, key_token, key_feature, HEAD_DIM, WIDTH, TOKENS)
             total = tl.sum(tl.reshape(keys.to(tl.float32), [TOKENS // POOL, POOL, WIDTH]), 1)
             pool = first + tl.arange(0, TOKENS // POOL) * POOL
             number = tl.maximum(tl.minimum(length - pool, POOL), 1)
             mean = total / number.to(tl.float32)[:, None]
             place = (batch_kv * pitch + pool // POOL)[:, None] * HEAD_DIM + feature[None, :]
             tl.store(means + place, mean.to(means.dtype.element_ty), mask=(feature < HEAD_DIM)[None, :])
-            fault = tl.maximum(fault, _find_fault(mean))
+            fault = tl.maximum(fault, find_fault(mean))
     else:
         value += batch * value_batch + kv_head * value_head
         for part in tl.static_range(BLOCK // TOKENS):
             first = block * BLOCK + part * TOKENS
-            values = _load_tokens(value, first, length, value_token, value_feature, VALUE_DIM, VALUE_WIDTH, TOKENS)
-            fault = tl.maximum(fault, _find_fault(values.to(tl.float32)))
+            values = load_tokens(value, first, length, value_token, value_feature, VALUE_DIM, VALUE_WIDTH, TOKENS)
+            fault = tl.maximum(fault, find_fault(values.to(tl.float32)))
     faults = means + tl.cast(batch_kv_heads, tl.int64) * pitch * HEAD_DIM
     entry = (tl.program_id(2) * batch_kv_heads + batch_kv) * num_blocks + block
     tl.store(faults + entry, fault.to(means.dtype.element_ty))
 
 
 @triton.jit
-def _load_tokens(
+def load_tokens(
     start: tl.tensor,
     first: int,
     length: int,
@@ -89,6 +89,6 @@ def _load_tokens(
 
 
 @triton.jit
-def _find_fault(x: tl.tensor) -> tl.tensor:
+def find_fault(x: tl.tensor) -> tl.tensor:
     """Return 1 if a number is NaN or infinite, else 0."""
     return tl.max(tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), 1), 0)

@@ -114,7 +114,7 @@ def select_by_pools(
             queries, means, tile * COLUMNS, sure, last_pool, length, scale_log2e, POOL, block_keys, HEAD_DIM, WIDTH,
             COLUMNS, PRECISION,
         )  # fmt: skip
-        mass = _sum_keys(tl.exp2(scores - log_total[:, None]), ROWS, COLUMNS, block_keys)
+        mass = sum_keys(tl.exp2(scores - log_total[:, None]), ROWS, COLUMNS, block_keys)
         mass = tl.sum(tl.reshape(mass, [num_own, samples, tile_blocks]), 1)
         block = tile * tile_blocks + tl.arange(0, tile_blocks)
         is_seen = is_own[:, None] & (block[None, :] <= own_block[:, None])
@@ -212,11 +212,11 @@ def _score_tile(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """Return the scores of a tile as powers of two, (ROWS, COLUMNS) float32, in the order of ``_order_columns``.
+    """Return the scores of a tile as powers of two, (ROWS, COLUMNS) float32, in the order of ``order_columns``.
 
     Means before ``sure`` are seen by every row, and are those of POOL keys.
     """
-    pool = first + _order_columns(COLUMNS, KEYS)
+    pool = first + order_columns(COLUMNS, KEYS)
     feature = tl.arange(0, WIDTH)
     place = means + (pool * HEAD_DIM)[:, None] + feature[None, :]
     keys = tl.load(place, mask=(feature < HEAD_DIM)[None, :], other=0)
@@ -231,7 +231,7 @@ def _score_tile(
 
 
 @triton.jit
-def _order_columns(COLUMNS: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
+def order_columns(COLUMNS: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
     """Return which mean of a tile stands in which of its columns.
 
     A thread holds columns 2t, 2t + 1 of each 8 of a product. In this order it holds all the means of a block, so that
@@ -247,8 +247,8 @@ def _order_columns(COLUMNS: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _sum_keys(mass: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
-    """Sum the columns of each block: (ROWS, COLUMNS), in the order of ``_order_columns``, to (ROWS, COLUMNS / KEYS)."""
+def sum_keys(mass: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
+    """Sum the columns of each block: (ROWS, COLUMNS), in the order of ``order_columns``, to (ROWS, COLUMNS / KEYS)."""
     if KEYS >= 4 and COLUMNS >= 4 * KEYS:
         fours: tl.constexpr = COLUMNS // (4 * KEYS)
         mass = tl.sum(tl.reshape(mass, [ROWS, fours, KEYS // 2, 4, 2]), 4)

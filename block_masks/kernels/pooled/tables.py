@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from .select import select_by_pools
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST_HEAD_DIM = 256
-_MOST_BLOCKS = 16384  # a row of the grid is one vector of registers
+MOST_BLOCKS = 16384  # a row of the grid is one vector of registers
 
 
 class Tile(NamedTuple):
@@ -48,7 +49,7 @@ def can_select(query: Tensor, value: Tensor | None, config: SparsePrefillConfig)
     return (
         query.dtype in _DTYPES
         and max(query.shape[-1], value_dim) <= _LARGEST_HEAD_DIM
-        and count_blocks(query.shape[-2], config.block_size) <= _MOST_BLOCKS
+        and count_blocks(query.shape[-2], config.block_size) <= MOST_BLOCKS
     )
 
 
@@ -59,13 +60,19 @@ def try_select(
     if not can_select(query, value, config):
         return None
 
-    def select() -> BlockTables:
-        if query.device.index == torch.cuda.current_device():  # entering a context takes as long as a launch
-            return select_tables(query, key, value, scale, config, width)
-        with torch.cuda.device_of(query):
-            return select_tables(query, key, value, scale, config, width)
+    return run_on_device(query, lambda: select_tables(query, key, value, scale, config, width))
 
-    return run_first_that_fits([select], "blocks are selected")
+
+def run_on_device(query: Tensor, select: Callable[[], BlockTables]) -> BlockTables | None:
+    """Select on the GPU of the query, or return None where it is too small for a tile."""
+
+    def run() -> BlockTables:
+        if query.device.index == torch.cuda.current_device():  # entering a context takes as long as a launch
+            return select()
+        with torch.cuda.device_of(query):
+            return select()
+
+    return run_first_that_fits([run], "blocks are selected")
 
 
 def select_tables(
@@ -149,8 +156,8 @@ class _Plan:
         self.key_grid = (self.num_blocks, batch_kv_heads, 2 if values else 1)
         self.key_arguments = {
             **shared,
-            **_name_strides("key", key_strides),
-            **_name_strides("value", value_strides),
+            **name_strides("key", key_strides),
+            **name_strides("value", value_strides),
             "VALUE_DIM": value[-1],
             "VALUE_WIDTH": value_lanes,
             "TOKENS": min(block_size, max(pool, 16384 // max(lanes, value_lanes))),
@@ -159,7 +166,7 @@ class _Plan:
         self.grid = (num_tiles * batch_kv_heads,)
         self.arguments = {
             **shared,
-            **_name_strides("query", query_strides),
+            **name_strides("query", query_strides),
             "scale_log2e": scale * math.log2(math.e),
             "gamma": config.gammas[0],
             "num_tiles": num_tiles,
@@ -206,7 +213,7 @@ class _Plan:
         return tables
 
 
-def _name_strides(tensor: str, strides: tuple[int, ...]) -> dict[str, int]:
+def name_strides(tensor: str, strides: tuple[int, ...]) -> dict[str, int]:
     """Return the strides of (B, H, S, D) as a kernel takes them."""
     names = (f"{tensor}_{axis}" for axis in ("batch", "head", "token", "feature"))
     return dict(zip(names, strides, strict=True))
