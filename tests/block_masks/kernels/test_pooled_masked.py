@@ -65,6 +65,9 @@ CASES: dict[str, tuple[masks.Call, int, dict[str, Any]]] = {
     "ceiling on what is not known": ((masks.window(50), AttentionSizes(1, 1, 223, 223), 0, False), 16, {
         "min_budget": 16, "max_budget": 32,
     }),
+    "floor on what is not known": ((masks.window(100), AttentionSizes(1, 1, 223, 223), 0, False), 16, {
+        "gamma": 0.3, "min_budget": 64,
+    }),
     "gammas by head": (PADDED, 16, {"gamma": (0.4, 1.0, 0.9, 0.7), "min_budget": 32}),
     "last queries, padded": (PADDED, 16, {"gamma": 0.5, "dense_last": 50}),
     "last queries, packed": (
@@ -141,6 +144,16 @@ def test_small_tiles_leave_out_a_gap() -> None:
     query, key, value, facts = make_inputs(call, 32)
     one = (query[:1, :1], key[:1, :1], value[:1, :1])
     check(*one, facts, create_config(32), tile=tables.Tile(16, 16, 4, 2, 64))
+
+
+@pytest.mark.parametrize(
+    ("mask_mod", "length"), [(masks.padded([20], [480]), 500), (masks.everything, 500), (masks.causal, 777)]
+)
+def test_tiles_of_which_every_row_sees_all(mask_mod: masks.MaskMod, length: int) -> None:
+    """Also where some of their keys don't count: ``everything`` sees all of the last block, and it is ragged."""
+    query, key, value, facts = make_inputs((mask_mod, AttentionSizes(1, 1, length, length), 0, False), 16)
+    one = (query[:1, :2], key[:1, :1], value[:1, :1])
+    check(*one, facts, create_config(16), tile=tables.Tile(16, 16, 4, 2, 64))
 
 
 def test_blocks_that_only_the_mask_knows_are_all_taken() -> None:
