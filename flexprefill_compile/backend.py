@@ -25,14 +25,19 @@ from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass, find_si
 from .parallel.agreement import agree_first
 from .report import RewriteReport, Site, SkipReason, check_skips
 from .settings.config import DensityCeiling, InvalidOptionError, SparsePrefillConfig, split_options
-from .settings.device_defaults import find_device, resolve_ceiling, resolve_min_length, resolve_selection
+from .settings.device_defaults import (
+    find_device,
+    is_flash_available,
+    resolve_ceiling,
+    resolve_min_length,
+    resolve_selection,
+)
 from .torch_internals import (
     CONTROL_FLOW,
     GraphSnapshot,
     compile_with_inductor,
     has_cuda_graphs,
     inductor_option_names,
-    is_flash_available,
     list_mode_options,
 )
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
-from importlib.util import find_spec
-from types import MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -52,6 +52,7 @@ __all__ = [
     "compile_with_inductor",
     "compiler_config",
     "complete_kernel_options",
+    "copy_function",
     "cpp_flex_attention_template",
     "disabled_torch_function",
     "find_process_group",
@@ -59,7 +60,6 @@ __all__ = [
     "guard_or_false",
     "has_cuda_graphs",
     "inductor_option_names",
-    "is_flash_available",
     "is_parameter",
     "is_size_expression",
     "list_mode_options",
@@ -72,6 +72,8 @@ __all__ = [
     "without_recompile_limit",
     "written_arguments",
 ]
+
+_copies = itertools.count()
 
 
 class PassesThroughDynamo(ShortenTraceback):
@@ -279,12 +281,16 @@ def attention_strides(output: Tensor, query: Tensor) -> tuple[int, ...]:
     return _permute_strides(output.to("meta"), query.stride()).stride()
 
 
-def is_flash_available() -> bool:
-    """Tell whether flash-attn-4 is installed, the way inductor's FlexAttention looks for it."""
-    try:
-        return find_spec("flash_attn.cute") is not None
-    except ImportError:  # no flash_attn at all
-        return False
+def copy_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Copy a function with its code: after a few compilations of one code object, dynamo runs it uncompiled.
+
+    The copy's code has another name, by which dynamo keeps what sizes and numbers were seen to change.
+    """
+    assert isinstance(function, FunctionType)
+    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{next(_copies)}")
+    copied = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 def cpp_flex_attention_template() -> ModuleType:

@@ -15,6 +15,7 @@ from flexprefill_compile.block_masks.prefill import create_block_mask
 
 from ..backend import FlexPrefillBackend
 from ..settings.config import SparsePrefillConfig
+from ..torch_internals import copy_function
 from .peers import Peer
 from .selection_quality import measure_disagreement, measure_error, measure_recall
 from .timing.clocks import time_in_turns_ms, time_ms
@@ -92,7 +93,8 @@ def _compile_sparse(config: SparsePrefillConfig, inputs: Inputs, **options: Any)
         for name in ("gamma", "min_budget", "max_budget", "max_density", "block_size", "estimator", "kernel_backend")
     }
     given |= {"kernel_options": dict(config.kernel_options)} | options
-    compiled = torch.compile(attend, backend=FlexPrefillBackend(), dynamic=False, options=given)
+    backend = FlexPrefillBackend()
+    compiled = torch.compile(copy_function(attend), backend=backend, dynamic=False, fullgraph=True, options=given)
     return lambda: compiled(*inputs)
 
 
@@ -108,7 +110,7 @@ def _compile_dense_flex(inputs: Inputs, block_size: int) -> Callable[[], Tensor]
         assert isinstance(output, Tensor)
         return output
 
-    compiled = torch.compile(attend_in_blocks, dynamic=False)
+    compiled = torch.compile(copy_function(attend_in_blocks), dynamic=False, fullgraph=True)
     return lambda: compiled(query, key, value, block_mask)
 
 

@@ -12,12 +12,12 @@ import json
 import logging
 import os
 from collections.abc import Collection, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..torch_internals import is_flash_available
 from .config import DensityCeiling, SparsePrefillConfig
 from .policy import LayerPolicy, Policy
 from .registry import find_defaults
@@ -154,3 +154,11 @@ def store_break_even_length(name: str, tokens: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(lengths, indent=1) + "\n")
     return path
+
+
+def is_flash_available() -> bool:
+    """Tell whether flash-attn-4 is installed, the way inductor's FlexAttention looks for it."""
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except ImportError:  # no flash_attn at all
+        return False

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexprefill_compile.settings.config import SparsePrefillConfig
-from flexprefill_compile.torch_internals import is_flash_available
+from flexprefill_compile.settings.device_defaults import is_flash_available
 
 # Hopper's tiles and TMA were chosen on an H100 with torch 2.11: bfloat16, 32768 tokens, 24 % of the blocks, TFLOP/s:
 #   head dimension   blocks of   here   otherwise

@@ -14,7 +14,7 @@ from flexprefill_compile import SparsePrefillConfig
 from flexprefill_compile.backend import FlexPrefillBackend
 from flexprefill_compile.block_masks.layout import BlockTables
 from flexprefill_compile.block_masks.prefill import select_prefill_blocks, select_prefill_tables
-from flexprefill_compile.torch_internals import is_flash_available
+from flexprefill_compile.settings.device_defaults import is_flash_available
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SPARSE: dict[str, Any] = {"gamma": 0.6, "min_length": 64, "min_budget": 0}

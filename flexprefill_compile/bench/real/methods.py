@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ...settings.config import SparsePrefillConfig, split_options
-from ...torch_internals import inductor_option_names
+from ...torch_internals import copy_function, inductor_option_names
 from ..peers import load_peer
 from ..timing.dense_attention import attend, bind_dense, list_backends
 
@@ -64,12 +64,8 @@ def compile_sparse(options: Mapping[str, Any]) -> AttendCausally:
 
     def attend_sparse(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if query.shape not in by_shape:
-
-            def attend_one_shape(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-                return attend(query, key, value)
-
             by_shape[query.shape] = torch.compile(
-                attend_one_shape, backend="flexprefill", options=settings, dynamic=False
+                copy_function(attend), backend="flexprefill", options=settings, dynamic=False, fullgraph=True
             )
         return by_shape[query.shape](query, key, value)
 

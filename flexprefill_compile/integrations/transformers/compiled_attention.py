@@ -20,7 +20,7 @@ from torch import Tensor
 from ...backend import FlexPrefillBackend
 from ...report import AttentionSkippedError, SkipReason
 from ...settings.config import SparsePrefillConfig
-from ...torch_internals import CAPTURE_ERRORS, without_recompile_limit
+from ...torch_internals import CAPTURE_ERRORS, copy_function, without_recompile_limit
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class CompiledAttention:
         if identity not in self._kinds:
             options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
             options |= {**inductor_options, "on_skip": "raise"}
-            own, backend = _copy_function(attend, len(self._kinds)), FlexPrefillBackend()
+            own, backend = copy_function(attend), FlexPrefillBackend()
             compiled = torch.compile(own, backend=backend, fullgraph=True, options=options)
             self._kinds[identity] = _Kind(compiled, backend)
         entry = self._kinds[identity]
@@ -108,18 +108,6 @@ def _run(entry: _Kind, inputs: tuple[Any, ...]) -> Tensor | None:
 def _describe(x: Tensor) -> object:
     """Return what about a (B, H, S, D) tensor has a compiled function of its own: all but lengths and batch."""
     return x.dtype, x.device, x.dim(), tuple(x.shape[1::2])
-
-
-def _copy_function(function: Callable[..., Tensor], number: int) -> Callable[..., Tensor]:
-    """Copy a function with its code, under a name of its own.
-
-    Dynamo keeps by code object what it compiled, and by its name which sizes and numbers were seen to change.
-    """
-    assert isinstance(function, FunctionType)
-    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{number}")
-    copied = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
 
 
 def describe_formula(function: object) -> object:
