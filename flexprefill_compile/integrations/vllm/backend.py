@@ -39,7 +39,7 @@ def settings_of(vllm_config: Any) -> Settings:
     options = read_options(vllm_config.additional_config, os.environ)
     settings = make_settings(options, torch.device(vllm_config.device_config.device_type), group)
     logger.info_once(
-        "flexprefill: prefills run sparse from %d tokens on, with %s", settings.min_length, dict(options) or "defaults"
+        "prefills run sparse from %d tokens on, with %s", settings.min_length, str(dict(options) or "the defaults")
     )
     return settings
 
