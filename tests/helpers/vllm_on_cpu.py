@@ -18,9 +18,11 @@ from torch import Tensor
 @contextlib.contextmanager
 def flash_attention_on_cpu(backend: str) -> Iterator[None]:
     """While active, vLLM takes a backend, by its path, for CPU_ATTN, and FlashAttention's kernels run in torch."""
-    from vllm.v1.attention import selector  # noqa: PLC0415, may not be installed
+    from vllm.plugins import load_general_plugins  # noqa: PLC0415, may not be installed
+    from vllm.v1.attention import selector  # noqa: PLC0415
     from vllm.v1.attention.backends import flash_attn, registry  # noqa: PLC0415
 
+    load_general_plugins()  # what they register is to outlast the patch below
     names = {
         "flash_attn_varlen_func": attend,
         "reshape_and_cache_flash": store,

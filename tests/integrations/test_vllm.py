@@ -215,8 +215,8 @@ def test_layers_that_are_left_to_vllm(changes: dict[str, Any], message: str, cap
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"is_prefilling": None}, "doesn't say which requests are prefills"),
-        ({"seq_lens_cpu_upper_bound": None}, "doesn't say which requests are prefills"),
+        ({"is_prefilling": None}, "set VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({"seq_lens_cpu_upper_bound": None}, "set VLLM_USE_V2_MODEL_RUNNER=0"),
         ({"causal": False}, "not causal"),
         ({"causal": torch.ones(1, dtype=torch.int32)}, "not causal"),
         ({"rswa_prefix_lens": torch.tensor([3])}, "rswa_prefix_lens"),

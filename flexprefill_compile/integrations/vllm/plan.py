@@ -111,7 +111,7 @@ def find_refusal(common: Any, common_prefix_length: int) -> str | None:
         common_prefix_length: Of cascade attention, in tokens; 0 without it.
     """
     if common.is_prefilling is None or common.seq_lens_cpu_upper_bound is None:
-        return "vLLM doesn't say which requests are prefills"
+        return "it doesn't say which requests are prefills; before vLLM 0.26 set VLLM_USE_V2_MODEL_RUNNER=0"
     if common_prefix_length > 0:
         return "cascade attention"
     if common.causal is not True:
