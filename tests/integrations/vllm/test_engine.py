@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.vllm_on_cpu import flash_attention_on_cpu
+from helpers.serving.vllm_on_cpu import flash_attention_on_cpu
 
 from flexprefill_compile import AttentionSkippedError, InvalidOptionError
 from flexprefill_compile.block_masks import record_densities
