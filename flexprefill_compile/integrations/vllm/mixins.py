@@ -54,7 +54,7 @@ class PlansPrefills(_Builder):
 
     def _plan(self, common_prefix_len: int, common: Any) -> StepPlan | None:
         min_length, block_size = self.settings.min_length, self.settings.config.block_size
-        if common.max_seq_len < min_length or common.max_query_len < block_size:
+        if common.max_seq_len < min_length or common.max_query_len <= block_size:
             return None
         refusal = "speculative decoding" if self.has_speculation else find_refusal(common, common_prefix_len)
         if refusal is not None:

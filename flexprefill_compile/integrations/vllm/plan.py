@@ -82,7 +82,7 @@ def find_prefills(common: Any, min_length: int, block_size: int) -> tuple[Prefil
     Args:
         common: vLLM's CommonAttentionMetadata.
         min_length: In tokens; shorter contexts are left to vLLM.
-        block_size: In tokens; chunks shorter than a block are left to vLLM.
+        block_size: In tokens; chunks of one block are left to vLLM, for their tables would be compiled once more.
     """
     starts: list[int] = common.query_start_loc_cpu.tolist()
     rows = zip(
@@ -91,7 +91,7 @@ def find_prefills(common: Any, min_length: int, block_size: int) -> tuple[Prefil
     return tuple(
         Prefill(row, start, end - start, keys)
         for row, (start, end, keys, is_prefilling) in enumerate(rows)
-        if is_prefilling and end - start >= block_size and keys >= min_length
+        if is_prefilling and end - start > block_size and keys >= min_length
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 LAYOUTS = ("pair first", "pages first", "heads first")
-PAGE, NUM_PAGES = 16, 64
+PAGE, NUM_PAGES = 16, 128
 
 
 @dataclasses.dataclass
@@ -169,7 +169,7 @@ class Engine:
     def __init__(self, layout: str, impl: Any, builder: Any) -> None:
         self.layout, self.impl, self.builder = layout, impl, builder
         self.kv_cache = make_cache(layout, impl.num_kv_heads, impl.head_size)
-        self._free = torch.randperm(NUM_PAGES, generator=torch.Generator().manual_seed(0)).int()
+        self.free = torch.randperm(NUM_PAGES, generator=torch.Generator().manual_seed(0)).int()
         self.generator = torch.Generator().manual_seed(1)
 
     def add(self, prompt_length: int, generated: int = 2) -> Request:
@@ -178,7 +178,8 @@ class Engine:
         shapes = [(self.impl.num_heads,), (self.impl.num_kv_heads,), (self.impl.num_kv_heads,)]
         tensors = [torch.randn(length, *n, self.impl.head_size, generator=self.generator) for n in shapes]
         count = -(-length // PAGE)
-        pages, self._free = self._free[:count], self._free[count:]
+        pages, self.free = self.free[:count], self.free[count:]
+        assert len(pages) == count, "the cache is full"
         return Request(*tensors, torch.nn.functional.pad(pages, (0, 32 - count)), prompt_length)
 
     def describe(self, scheduled: list[tuple[Request, int]], padding: int = 0) -> StepMetadata:

@@ -75,8 +75,8 @@ def test_pages_before_a_window_are_not_read() -> None:
     with without_code_generation():
         run(engine, [(request, 200)])
         before = request.pages[: (200 - 99) // 16].long()
-        request.pages[: len(before)] = 63  # vLLM frees them; nothing was ever written there
-        engine.step([(request, 100)])
+        request.pages[: len(before)] = engine.free[-1]  # vLLM frees them; nothing was ever written there
+        run(engine, [(request, 100)])
     assert engine.impl.seen == []
 
 
@@ -135,4 +135,16 @@ def test_all_lengths_share_one_compilation() -> None:
     for length in (130, 200, 131, 333):
         run(engine, [(engine.add(length, 0), length)])
     assert engine.impl.seen == []
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_all_chunks_share_one_compilation() -> None:
+    engine = build(DENSE)
+    with without_code_generation():
+        for first, second, third in ((40, 128, 33), (70, 33, 97), (32, 101, 64), (50, 64, 64)):
+            request = engine.add(300)
+            run(engine, [(request, first)])
+            run(engine, [(request, second)])
+            run(engine, [(request, third), (engine.add(20), 20)])
+    assert engine.impl.seen == [40, 20, 70, 20, 32, 20, 50, 20]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
