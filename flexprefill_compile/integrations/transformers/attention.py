@@ -15,7 +15,7 @@ from flexprefill_compile.passes.match.prefill_lengths import refuse_lengths
 from flexprefill_compile.passes.match.site import describe_shapes
 
 from ...report import AttentionSkippedError, RewriteReport, Rewritten, Site, Skipped, SkipReason
-from .compiled_attention import CompiledAttention, Refusal
+from ..compiled_attention import CompiledAttention, Refusal
 from .deferred_mask import DeferredMask, MaskRecipe
 from .dense_attention import Form, as_addend, attend_densely, find_form, is_causal_without_mask
 from .masks import describe_mask, make_mask

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 
-from .compiled_attention import describe_formula
+from ..compiled_attention import describe_formula
 from .deferred_mask import DeferredMask, MaskRecipe
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backend import FlexPrefillBackend
-from ...report import AttentionSkippedError, SkipReason
-from ...settings.config import SparsePrefillConfig
-from ...torch_internals import CAPTURE_ERRORS, copy_function, without_recompile_limit
+from ..backend import FlexPrefillBackend
+from ..report import AttentionSkippedError, SkipReason
+from ..settings.config import SparsePrefillConfig
+from ..torch_internals import CAPTURE_ERRORS, copy_function, without_recompile_limit
 
 logger = logging.getLogger(__name__)
 

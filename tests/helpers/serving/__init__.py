@@ -1,0 +1,1 @@
+"""What tests of serving share: engines over a paged cache."""
