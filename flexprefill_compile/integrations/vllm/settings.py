@@ -14,7 +14,7 @@ from flexprefill_compile.passes.layer_config import check_layer_is_known, config
 
 from ...settings.checks import InvalidOptionError
 from ...settings.config import SparsePrefillConfig, split_options
-from ...settings.device_defaults import resolve_min_length
+from ...settings.device_defaults import resolve_min_length, resolve_selection
 from ...settings.rank_groups import RankGroup
 from ...torch_internals import inductor_option_names
 
@@ -90,6 +90,7 @@ def make_settings(options: Mapping[str, Any], device: torch.device, tensor_paral
         if name in options:
             raise InvalidOptionError(f"{name} can't be given to vLLM: {reason}")
     config, inductor = split_options(options, inductor_option_names())
+    config = resolve_selection(config, options, device)
     config = resolve_min_length(config, [torch.empty(0, device=device)])
     return Settings(dataclasses.replace(config, tensor_parallel=tensor_parallel), inductor)
 
