@@ -71,6 +71,21 @@ MASKS: dict[str, tuple[Make, tuple[Tensor, ...], int]] = {
         (),
         LENGTH,
     ),
+    "a product of booleans": (lambda q, k, pad: ~future() * ~pad[:, None, None, :], (PAD,), LENGTH),
+    "a sum of booleans": (lambda q, k, pad: ~(future() + pad[:, None, None, :]), (PAD,), LENGTH),
+    "a product of numbers": (
+        lambda q, k, pad: (~future()).float() * (~pad[:, None, None, :]).float() > 0.5,
+        (PAD,),
+        LENGTH,
+    ),
+    "one less a product": (
+        lambda q, k, pad: (1.0 - (~future()).float() * (~pad[:, None, None]).float()) * torch.finfo(torch.float32).min,
+        (PAD,),
+        LENGTH,
+    ),
+    "counted": (lambda q, k, pad: (~future()).int() + (~pad[:, None, None, :]).int() == 2, (PAD,), LENGTH),
+    "hidden, counted": (lambda q, k, pad: future().long() + pad[:, None, None, :].long() < 1, (PAD,), LENGTH),
+    "chosen": (lambda q, k, pad: torch.where(pad[:, None, None, :], False, ~future()), (PAD,), LENGTH),
     "by lengths": (
         lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(diagonal=k.shape[2] - q.shape[2]),
         (),
@@ -121,6 +136,9 @@ def test_it_does_with_dynamic_sizes(name: str) -> None:
 
 
 NOT_CAUSAL: dict[str, Make] = {
+    "one of two counted": lambda q, k: (~future()).int() + (POSITION < 8).int() == 1,
+    "any of two counted": lambda q, k: (~future()).int() + (POSITION < 8).int() >= 1,
+    "a sum": lambda q, k: ~future() + (POSITION < 8),
     "a prefix that all see": lambda q, k: ~future() | (POSITION < 8),
     "not (future and far)": lambda q, k: ~(future() & (POSITION > 8)),
     "joined to the keys of others": lambda q, k: torch.cat([~future()[:, :30], torch.ones(LENGTH, 30) > 0], -1),
