@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = SparsePrefillConfig(estimator=arguments.estimator, block_size=arguments.block_size)
     output: Path = arguments.output
     check_bound(arguments.bound)
+    check_text(arguments.tokens, "the text", config.block_size)
     check_file(output)
     existing = Policy.load(output) if output.exists() else None
     check_device(arguments.device)
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         texts = [read_tokens(tokenizer, path, arguments.tokens) for path in arguments.text or (None,)]
         for tokens, source in texts:
             console.print(f"{source}: {tokens.shape[1]} tokens", highlight=False)
-            check_text(tokens, source, config.block_size)
+            check_text(tokens.shape[1], source, config.block_size)
         step("measuring")
         found = calibrate(
             model,

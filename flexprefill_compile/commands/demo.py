@@ -18,6 +18,7 @@ from flexprefill_compile.block_masks import record_densities
 
 from ..backend import FlexPrefillBackend
 from ..quality.predictions import sum_loss
+from ..quality.sparsity import check_sparsity
 from ..report import RewriteReport, Skipped
 from ..settings.config import SparsePrefillConfig
 from ..text_table import format_table
@@ -69,7 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Load, prefill dense and sparse in turn, and print the comparison.
 
     Raises:
-        UsageError: A file or a device is missing, or the model is no causal language model.
+        UsageError: A file or a device is missing, the model is no causal language model, or every block of the text
+            would be computed.
         InvalidOptionError: An option is out of range.
     """
     with needs_extra("hf", "the demo"):
@@ -77,12 +79,14 @@ def run(arguments: argparse.Namespace) -> None:
 
         from .shared.progress import show_steps  # noqa: PLC0415
     config = SparsePrefillConfig(**read_selection(arguments), min_length=min(arguments.tokens, 4096))
+    check_sparsity(arguments.tokens, config)
     check_prompt(arguments)
     console = Console()
     with show_steps(console) as step:
         step("loading the model")
         model, tokenizer, tokens, description = load_prompt(arguments)
         console.print(description)
+        check_sparsity(tokens.shape[1], config)
 
         backend = FlexPrefillBackend()
         dense = Prefill(torch.compile(model, backend="inductor"))

@@ -29,12 +29,17 @@ def check_sparsity(num_tokens: int, config: SparsePrefillConfig) -> None:
             "take a longer text or a smaller block_size"
         )
     floor = min([config.floor_at(num_tokens), *_floors_of_layers(config)])
-    covered = (count_blocks(floor, block_size) + 2) * block_size
+    covered = count_covered(floor, block_size)
     if num_tokens <= covered and not config.is_dense:
         raise UsageError(
             f"min_budget {floor} computes every block of a prompt of up to {covered} tokens, got {num_tokens}: "
             "take a longer text or a smaller min_budget"
         )
+
+
+def count_covered(floor: int, block_size: int) -> int:
+    """Return the tokens of the longest causal prompt of which a floor of so many tokens computes every block."""
+    return (count_blocks(floor, block_size) + 2) * block_size
 
 
 def _floors_of_layers(config: SparsePrefillConfig) -> list[int]:

@@ -3,17 +3,21 @@
 ~(future | padding)        ->  ~future & ~padding
 ~(cached & hidden)         ->  ~cached | ~hidden
 ~~padding                  ->  padding
+
+and what numbers become that each take one of two constants by a condition, case by case.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.fx import Node
 
-from .elements import dtype_of_element
+from .elements import Element, dtype_of_element
 
 aten = torch.ops.aten
 
@@ -48,3 +52,37 @@ def negate(condition: Node, call: Callable[[Any, Sequence[Node]], Node]) -> Node
     if dual is not None and len(parts) == 2 and all(dtype_of_element(part) == torch.bool for part in parts):
         return call(dual, [negate(part, call) for part in parts])
     return call(aten.logical_not.default, [condition])
+
+
+class Cases(NamedTuple):
+    """Constants that an element takes by two conditions: where both hold, the first alone, the second alone, none."""
+
+    first: Node
+    second: Node
+    values: tuple[Element, ...]
+
+
+def tabulate(
+    nodes: Sequence[Node],
+    choices: Mapping[Node, tuple[Node, Element, Element]],
+    known: Mapping[Node, Cases],
+    run: Callable[[Sequence[Element]], Element],
+) -> Cases | None:
+    """Return what an operation gives for each case of its operands; None if they have none, or it isn't finite.
+
+    Args:
+        nodes: The operands that are no constants.
+        choices: Of nodes that take one of two constants: the condition, the value if it holds, the value if not.
+        known: Of nodes that take one of more.
+        run: Computes the operation on constants in place of the nodes.
+    """
+    if len(nodes) == 1 and nodes[0] in known:
+        first, second, values = known[nodes[0]]
+        inputs: list[tuple[Element, ...]] = [(value,) for value in values]
+    elif len(nodes) == 2 and all(node in choices for node in nodes):
+        (first, *of_first), (second, *of_second) = (choices[node] for node in nodes)
+        inputs = list(itertools.product(of_first, of_second))
+    else:
+        return None
+    cases = Cases(first, second, tuple(map(run, inputs)))
+    return cases if all(math.isfinite(cast("float", value)) for value in cases.values) else None

@@ -3,6 +3,8 @@
 where(key <= query, 0, -inf) * 2        ->  where(key <= query, 0, -inf)
 where(key <= query, True, False)        ->  key <= query
 ~~pad[batch, key] & True                ->  pad[batch, key]
+(key <= query) * pad[batch, key]        ->  (key <= query) & pad[batch, key]
+where(a, 1, 0) + where(b, 1, 0) == 2    ->  a & b
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from .conditions import NEGATIONS, negate
+from .conditions import NEGATIONS, Cases, negate, tabulate
 from .constants import compute, dtype_of
 from .elements import INDEX_NAMES, POSITION_DTYPES, Element, Indices, NoRuleError, NotLiftableError, dtype_of_element
 
@@ -28,6 +30,10 @@ _COMPARISONS = {
     aten.eq: aten.eq,
     aten.ne: aten.ne,
 }
+# What arithmetic of booleans is.
+_LOGIC = {aten.mul: aten.bitwise_and.Tensor, aten.add: aten.bitwise_or.Tensor}
+# They give a number for any numbers, and are computed for each case of what they take.
+_BY_CASE = frozenset({*_COMPARISONS, *_LOGIC, aten.sub, aten.rsub, aten.neg, aten.logical_not, aten._to_copy})
 # They round nothing.
 _EXACT = frozenset({aten.where, aten.neg, aten.abs, aten.minimum, aten.maximum, aten.clamp, aten.index})
 # Overloads that take a number in place of any tensor but the first.
@@ -58,6 +64,8 @@ class Formula:
         self.batch, self.head, self.query, self.key = (self.graph.placeholder(name) for name in INDEX_NAMES)
         # Nodes that take one of two constants: the condition, the value if it holds, the value if not.
         self._choices: dict[Node, tuple[Node, Element, Element]] = {}
+        # Nodes that take one of more than two.
+        self._cases: dict[Node, Cases] = {}
         # Nodes whose numbers the model rounds to a dtype in which the compiled formula may not.
         self._rounded: set[Node] = set()
         # Indices that may be beyond what they index, and what depends on them.
@@ -131,6 +139,8 @@ class Formula:
 
     def emit(self, target: Any, arguments: Sequence[Any], keywords: dict[str, Any], dtype: torch.dtype) -> Element:
         """Add an elementwise operation on elements, simplified where constants decide it."""
+        if dtype == torch.bool and not keywords:
+            target = _LOGIC.get(target.overloadpacket, target)
         simplified: Element | None = self._simplify(target, arguments, dtype)
         if simplified is not None:
             return simplified
@@ -146,13 +156,41 @@ class Formula:
                 for value in values
             )
             return self._choose(condition, if_true, if_false, dtype)
+        cases = self._tabulate(target, arguments, keywords, dtype)
+        if cases is not None and len(set(cases.values)) <= 2:
+            return self._choose_case(cases, dtype)
         if target.overloadpacket in _COMPARISONS and self._rounded.intersection(chosen):
             raise NotLiftableError("it compares numbers that a low precision rounds")
         node = self._call(target, arguments, keywords, dtype)
         is_narrow = dtype.is_floating_point and dtype not in POSITION_DTYPES
         if (is_narrow and target.overloadpacket not in _EXACT) or self._rounded.intersection(chosen):
             self._rounded.add(node)
+        if cases is not None:
+            self._cases[node] = cases
         return node
+
+    def _tabulate(
+        self, target: Any, arguments: Sequence[Any], keywords: dict[str, Any], dtype: torch.dtype
+    ) -> Cases | None:
+        """Compute an operation on two choices, or on what such an operation gave, for each case."""
+        nodes = list(dict.fromkeys(self._nodes_of(arguments)))
+        if target.overloadpacket not in _BY_CASE:
+            return None
+
+        def run(case: Sequence[Element]) -> Element:
+            return compute(target, [case[nodes.index(a)] if a in nodes else a for a in arguments], keywords, dtype)
+
+        return tabulate(nodes, self._choices, self._cases, run)
+
+    def _choose_case(self, cases: Cases, dtype: torch.dtype) -> Element:
+        """Return what takes one of two constants by two conditions."""
+        one, *others = cases.values
+        other = next((value for value in others if value != one), one)
+        if one == other:
+            return one
+        both, alone, second, none = (value == one for value in cases.values)
+        sides = (self._either(cases.second, *side) for side in ((both, alone), (second, none)))
+        return self._choose(cast("Node", self._either(cases.first, *sides)), one, other, dtype)
 
     def _simplify(self, target: Any, arguments: Sequence[Any], dtype: torch.dtype) -> Any:
         packet = getattr(target, "overloadpacket", None)
@@ -179,6 +217,12 @@ class Formula:
 
     def _either(self, condition: Node, if_true: Element, if_false: Element) -> Element:
         """Write a choice of conditions as what has to hold: (~condition | if_true) & (condition | if_false)."""
+        if if_true is if_false:
+            return if_true
+        for guard, here, there in ((condition, if_true, if_false), (self._negate(condition), if_false, if_true)):
+            if isinstance(here, bool):
+                target = aten.bitwise_or.Tensor if here else aten.bitwise_and.Tensor
+                return self.emit(target, [guard if here else self._negate(guard), there], {}, torch.bool)
         sides = [
             self.emit(aten.bitwise_or.Tensor, [guard, side], {}, torch.bool)
             for guard, side in ((self._negate(condition), if_true), (condition, if_false))

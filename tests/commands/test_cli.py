@@ -78,6 +78,7 @@ MISTAKES_BY_COMMAND = [
         ["--tokens", "1024", "--min-budget", "1024"],
         "min_budget 1024 computes every block of a prompt of up to ",
     ),
+    ("demo", ["--tokens", "768"], "min_budget 512 computes every block of a prompt of up to 768 tokens, got 768"),
     ("demo", ["--policy", "/nowhere.json"], "/nowhere.json holds no policy"),
     ("evaluate", ["--json", "/nowhere/a.json"], "can't write /nowhere/a.json"),
     (
@@ -86,6 +87,11 @@ MISTAKES_BY_COMMAND = [
         "min_budget 1024 computes every block of a prompt of up to",
     ),
     ("calibrate", ["--text", "/nowhere.txt"], "can't read the text /nowhere.txt"),
+    (
+        "calibrate",
+        ["--tokens", "384"],
+        "the text must be of more than 384 tokens, of which min_budget 128 computes every block, got 384",
+    ),
     ("calibrate", ["--output", "/nowhere/p.json"], "can't write /nowhere/p.json: there is no folder /nowhere"),
     ("bench", ["--device", "cpu", "--json", "/nowhere/a.json"], "can't write /nowhere/a.json"),
     (

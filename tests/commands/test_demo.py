@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.command_line import one_sentence
 
 from flexprefill_compile.commands.cli import main
 from flexprefill_compile.commands.demo import Prefill, summarise
@@ -26,6 +27,7 @@ def test_the_demo_compares_dense_and_sparse(
     model_folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["demo", "--model", str(model_folder), "--text", str(text_file), "--tokens", "300", "--rounds", "1"]
+    arguments += ["--block-size", "32", "--min-budget", "32"]
     assert main(arguments) == 0
     output = capsys.readouterr().out
     assert "text.txt: 300 tokens" in output
@@ -34,6 +36,15 @@ def test_the_demo_compares_dense_and_sparse(
         assert re.search(rf"^{row}\s.*\d", output, re.MULTILINE), row
     assert "dense goes on:" in output
     assert "sparse goes on:" in output
+
+
+def test_a_text_that_turns_out_too_short_is_refused_before_the_first_prefill(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT[:400])
+    monkeypatch.setattr("torch.compile", lambda *_, **__: pytest.fail("the run has begun"))
+    assert main(["demo", "--model", str(model_folder), "--text", str(tmp_path / "text.txt")]) == 2
+    assert re.match(r"(min_budget 512 computes every block|the text must be of two blocks)", one_sentence(capsys))
 
 
 def test_the_demo_says_why_attention_stayed_dense() -> None:

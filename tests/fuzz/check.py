@@ -100,7 +100,11 @@ class Check:
             self._compare(eager, attentions, None, "eager", InvalidCaseError)
             actual = self._run_compiled(inputs)
             self._compare_layout(actual, eager)
-            self._check_values(actual, inputs, attentions)
+            try:
+                self._check_values(actual, inputs, attentions)
+            except WrongError:
+                self._check_inductor(actual, inputs)
+                raise
         self._check_reasons()
 
     def _check_values(self, actual: Tensor, inputs: dict[str, Any], attentions: list[Attention]) -> None:
@@ -154,6 +158,14 @@ class Check:
             compiled(**inputs)
         except Exception as error:
             raise InvalidCaseError(f"torch.compile: {type(error).__name__}: {error}") from error
+
+    def _check_inductor(self, actual: Tensor, inputs: dict[str, Any]) -> None:
+        """Raise if inductor gives the same without this backend, which rewrote nothing."""
+        if not self.has_code or self.backend.report.num_rewritten:
+            return
+        alone = torch.compile(self.names["model"], backend="inductor", dynamic=self.case.is_dynamic)(**inputs)
+        if torch.allclose(alone, actual, rtol=0, atol=0, equal_nan=True):
+            raise InvalidCaseError("inductor alone: its code gives another result than eager")
 
     def _attend_and_record(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         query, key, _, _, block_mask, _, _, _, captures = arguments

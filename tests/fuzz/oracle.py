@@ -77,7 +77,8 @@ def describe(case: Case, names: dict[str, Any], inputs: dict[str, Any], query_fa
     if mask is not None and mask.dtype == torch.bool:
         visible = visible & mask
     elif mask is not None:
-        visible = visible & (mask > torch.finfo(mask.dtype).min)
+        # The lowest number hides a key, whatever a bias adds to it.
+        visible = visible & (mask > torch.finfo(mask.dtype).min / 2)
         bias = mask.double().masked_fill(~visible, 0)
     visible = visible.expand(scores.shape)
     logits = (scores + bias).masked_fill(~visible, -torch.inf)

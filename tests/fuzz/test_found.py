@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexprefill_compile.backend import FlexPrefillBackend
+from flexprefill_compile.block_masks.observed_attention import observe_attention
+from flexprefill_compile.quality.audit.attention_call import CallMeasurement, measure_call
 from flexprefill_compile.report import SkipReason
 
 START, LENGTH = 20, 40
@@ -120,3 +122,38 @@ def test_an_offset_that_is_data_may_be_any(offset: int) -> None:
             actual = torch.compile(attend, backend=backend, options=OPTIONS | {"gamma": gamma})(*inputs)
         assert backend.report.num_rewritten == 1
     assert relative_error(actual[:, :, 3:], attend(*inputs)[:, :, 3:].double()) < 1e-6
+
+
+def by_merged_heads(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Key heads are repeated, heads merged into the batch; the bias has neither batch nor head nor query."""
+    batch, heads, length, width = query.shape
+    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    query, key, value = (x.reshape(batch * heads, length, width) for x in (query, key, value))
+    scores = torch.bmm(query, key.mT).view(batch, heads, length, length) * 0.25 + bias
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1).view(batch * heads, length, length)
+    return torch.bmm(weights, value).view(batch, heads, length, width)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+@pytest.mark.parametrize("estimator", ["flexprefill", "pooled"])
+@torch.no_grad()
+def test_heads_merged_into_the_batch_are_observed(estimator: str, gamma: float) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 4 * LENGTH, 16) for heads in (4, 2, 2))
+    inputs = [query, key, value, torch.randn(4 * LENGTH)]
+    measured: list[CallMeasurement] = []
+    backend = FlexPrefillBackend(observed_rows=8)
+    options = OPTIONS | {"gamma": gamma, "estimator": estimator}
+    compiled = torch.compile(by_merged_heads, backend=backend, options=options)
+    with (
+        without_code_generation(is_dense=gamma == 1),
+        observe_attention(lambda call: measured.append(measure_call(call, 16))),
+    ):
+        actual = compiled(*inputs)
+    assert backend.report.num_rewritten == len(measured) == 1
+    is_exact = measured[0].recall > 0.9999
+    assert is_exact.shape == (2, 4, 8)
+    assert is_exact.all() == (gamma == 1)
+    assert (measured[0].error < 1e-5).all() == (gamma == 1)
+    assert gamma < 1 or relative_error(actual, by_merged_heads(*inputs).double()) < 1e-6

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...errors import UsageError
 from ...settings.config import SparsePrefillConfig, check_config
 from ...settings.policy import LayerPolicy, ModelShape, Policy
+from ..sparsity import count_covered
 from .additive_model import Levels
 from .ladder import Measurement, Search
 from .measurement_log import MeasurementLog, describe_code, describe_inputs, hash_of
@@ -67,7 +68,7 @@ def calibrate(
 
     Args:
         model: A Hugging Face causal language model with SDPA attention, in inference.
-        texts: (1, S) int64 each, of two blocks at least, on the model's device.
+        texts: (1, S) int64 each, longer than the least ``min_budget`` covers, on the model's device.
         max_loss_increase: By how much of itself perplexity may grow, in (0, 1): 0.01 is 1 %.
         config: What the layers have in common: the estimator and block_size.
         rungs: gamma and min_budget of each rung of the ladder.
@@ -85,7 +86,7 @@ def calibrate(
     if not texts:
         raise UsageError("calibrate must be given a text, got none")
     for number, text in enumerate(texts, start=1):
-        check_text(text, f"text {number}", config.block_size)
+        check_text(text.shape[1], f"text {number}", config.block_size, rungs)
 
     measurer = TextMeasurer(model, texts)
     layers, heads = measurer.dense.plain_layers, measurer.dense.heads
@@ -140,14 +141,19 @@ def check_bound(max_loss_increase: float) -> None:
         raise UsageError(f"the bound must be in (0, 1), got {max_loss_increase}")
 
 
-def check_text(tokens: Tensor, name: str, block_size: int) -> None:
-    """Check that there is something to leave out of a text.
+def check_text(num_tokens: int, name: str, block_size: int, rungs: Sequence[tuple[float, int]] = RUNGS) -> None:
+    """Check that the cheapest settings can leave something out of a text.
 
     Raises:
-        UsageError: It is shorter than two blocks.
+        UsageError: The least floor of the rungs computes every block of it.
     """
-    if tokens.shape[1] < 2 * block_size:
-        raise UsageError(f"{name} must be of two blocks at least, {2 * block_size} tokens, got {tokens.shape[1]}")
+    floor = min(min_budget for _, min_budget in rungs)
+    covered = count_covered(floor, block_size)
+    if num_tokens <= covered:
+        raise UsageError(
+            f"{name} must be of more than {covered} tokens, of which min_budget {floor} computes every block, "
+            f"got {num_tokens}"
+        )
 
 
 def _spread(parts: list[list[int]], values: list[T]) -> dict[int, T]:

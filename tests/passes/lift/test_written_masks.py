@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from helpers.checked_attention import without_code_generation
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from flexprefill_compile.backend import FlexPrefillBackend
 from flexprefill_compile.report import RewriteReport, SkipReason
@@ -71,6 +73,21 @@ MASKS: dict[str, tuple[Make, tuple[Tensor, ...], int]] = {
         (),
         LENGTH,
     ),
+    "a product of booleans": (lambda q, k, pad: ~future() * ~pad[:, None, None, :], (PAD,), LENGTH),
+    "a sum of booleans": (lambda q, k, pad: ~(future() + pad[:, None, None, :]), (PAD,), LENGTH),
+    "a product of numbers": (
+        lambda q, k, pad: (~future()).float() * (~pad[:, None, None, :]).float() > 0.5,
+        (PAD,),
+        LENGTH,
+    ),
+    "one less a product": (
+        lambda q, k, pad: (1.0 - (~future()).float() * (~pad[:, None, None]).float()) * torch.finfo(torch.float32).min,
+        (PAD,),
+        LENGTH,
+    ),
+    "counted": (lambda q, k, pad: (~future()).int() + (~pad[:, None, None, :]).int() == 2, (PAD,), LENGTH),
+    "hidden, counted": (lambda q, k, pad: future().long() + pad[:, None, None, :].long() < 1, (PAD,), LENGTH),
+    "chosen": (lambda q, k, pad: torch.where(pad[:, None, None, :], False, ~future()), (PAD,), LENGTH),
     "by lengths": (
         lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(diagonal=k.shape[2] - q.shape[2]),
         (),
@@ -121,6 +138,9 @@ def test_it_does_with_dynamic_sizes(name: str) -> None:
 
 
 NOT_CAUSAL: dict[str, Make] = {
+    "one of two counted": lambda q, k: (~future()).int() + (POSITION < 8).int() == 1,
+    "any of two counted": lambda q, k: (~future()).int() + (POSITION < 8).int() >= 1,
+    "a sum": lambda q, k: ~future() + (POSITION < 8),
     "a prefix that all see": lambda q, k: ~future() | (POSITION < 8),
     "not (future and far)": lambda q, k: ~(future() & (POSITION > 8)),
     "joined to the keys of others": lambda q, k: torch.cat([~future()[:, :30], torch.ones(LENGTH, 30) > 0], -1),
@@ -131,3 +151,36 @@ NOT_CAUSAL: dict[str, Make] = {
 def test_queries_that_see_later_keys_stay_dense(make: Make) -> None:
     (site,) = run(by_sdpa(make), LENGTH).sites
     assert site.reason is SkipReason.NOT_CAUSAL
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_heads_merged_into_a_batch_of_any_size(batch: int) -> None:
+    """BLOOM's form: ALiBi and the scale in one baddbmm of (B * H, S, D)."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, alibi: Tensor) -> Tensor:
+        merged = [x.reshape(-1, LENGTH, 16) for x in (query, key, value)]
+        scores = alibi.baddbmm(merged[0], merged[1].mT, beta=1.0, alpha=0.25).view(batch, 2, LENGTH, LENGTH)
+        weights = torch.softmax(scores + hide(future()), dim=-1).view(-1, LENGTH, LENGTH)
+        return torch.bmm(weights, merged[2]).view(batch, 2, LENGTH, 16)
+
+    backend = FlexPrefillBackend()
+    inputs = [*torch.randn(3, batch, 2, LENGTH, 16), torch.randn(batch * 2, 1, LENGTH)]
+    with torch.no_grad(), without_code_generation():
+        actual = torch.compile(attend, backend=backend, options=OPTIONS)(*inputs)
+    torch.testing.assert_close(actual, attend(*inputs))
+    assert backend.report.num_rewritten == 1, str(backend.report)
+
+
+def test_a_mask_mod_may_read_document_ids() -> None:
+    ids = POSITION // 25
+    causal = create_block_mask(
+        lambda b, h, q, k: (ids[q] == ids[k]) & (q >= k), 1, 1, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=16
+    )
+    visible = (ids[:, None] == ids) & ~future()
+    backend = FlexPrefillBackend()
+    query, key, value = torch.randn(3, 1, 2, LENGTH, 16)
+    with torch.no_grad(), without_code_generation():
+        compiled = torch.compile(partial(flex_attention, block_mask=causal), backend=backend, options=OPTIONS)
+        actual = compiled(query, key, value)
+    torch.testing.assert_close(actual, F.scaled_dot_product_attention(query, key, value, attn_mask=visible))
+    assert backend.report.num_rewritten == 1, str(backend.report)

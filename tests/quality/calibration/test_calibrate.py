@@ -184,8 +184,10 @@ def test_a_bound_out_of_range_is_refused(model: LlamaForCausalLM, text: Tensor, 
 
 
 def test_what_can_not_be_calibrated_is_refused(model: LlamaForCausalLM, text: Tensor) -> None:
-    with pytest.raises(UsageError, match="text 2 must be of two blocks at least, 64 tokens, got 63"):
-        calibrate(model, [text, text[:, :63]], config=CONFIG)
+    with pytest.raises(UsageError, match=r"text 2 must be of more than 192 tokens, .* min_budget 128 .*, got 192"):
+        calibrate(model, [text, text[:, :192]], config=CONFIG)
+    with pytest.raises(UsageError, match=r"text 1 must be of more than 96 tokens, .* min_budget 32 .*, got 96"):
+        calibrate(model, [text[:, :96]], config=CONFIG, rungs=((0.8, 64), (0.9, 32)))
     with pytest.raises(UsageError, match="calibrate must be given a text"):
         calibrate(model, [], config=CONFIG)
     model.set_attn_implementation("eager")
