@@ -229,8 +229,7 @@ class Check:
     def _check_coverage(self, attention: Attention, call: Call) -> None:
         """The last block of queries reaches gamma, where every head is vertical-slash."""
         options = self.case.options
-        uses_default = options.get("estimator", "flexprefill") == "flexprefill"
-        if options["tau"] > 0 or not uses_default or not self.case.is_one_sequence:
+        if options["tau"] > 0 or options.get("estimator") != "flexprefill" or not self.case.is_one_sequence:
             return
         weights = attention.weights()
         num_queries, num_keys = weights.shape[-2:]
