@@ -115,6 +115,8 @@ def _draw_options(choices: Choices) -> dict[str, Any]:
     options["min_budget"] = choices.pick([0, 0, 16, 40])
     options["tau"] = choices.pick([0.0, 0.1, 1.0])
     options["check_masks"] = choices.chance(20)
+    if options["tau"] < 1:  # tau is the paper's estimator's own; the default one does without
+        options["estimator"] = "flexprefill"
     if choices.chance(20):
         options["estimator"] = choices.pick(["auto", "xattention", "sampled", "streaming", "dense"])
     if choices.chance(10):
