@@ -227,9 +227,10 @@ class Check:
                     raise WrongError(f"row {row} of the batch computes other pairs alone: {differing} differ")
 
     def _check_coverage(self, attention: Attention, call: Call) -> None:
-        """The last block of queries reaches gamma, where every head is vertical-slash."""
+        """The last block of queries reaches gamma by the paper's estimator, where every head is vertical-slash."""
         options = self.case.options
-        if options["tau"] > 0 or options.get("estimator") != "flexprefill" or not self.case.is_one_sequence:
+        is_paper = options.get("estimator") == "flexprefill"
+        if options["tau"] > 0 or not is_paper or not self.case.is_one_sequence:
             return
         weights = attention.weights()
         num_queries, num_keys = weights.shape[-2:]

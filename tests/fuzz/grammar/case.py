@@ -115,9 +115,10 @@ def _draw_options(choices: Choices) -> dict[str, Any]:
     options["min_budget"] = choices.pick([0, 0, 16, 40])
     options["tau"] = choices.pick([0.0, 0.1, 1.0])
     options["check_masks"] = choices.chance(20)
-    if choices.chance(60):
-        others = ["auto", "xattention", "sampled", "streaming", "dense"]
-        options["estimator"] = choices.pick(["flexprefill"] * 10 + others)
+    if options["tau"] < 1:  # tau is the paper's estimator's own; the default one does without
+        options["estimator"] = "flexprefill"
+    if choices.chance(20):
+        options["estimator"] = choices.pick(["auto", "xattention", "sampled", "streaming", "dense"])
     if choices.chance(10):
         options["dense_last"] = BLOCK
     return options

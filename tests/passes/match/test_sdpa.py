@@ -103,7 +103,7 @@ def test_a_tensor_subclass_stays_dense() -> None:
 
 def test_every_reason_but_a_failed_lowering_is_covered_here() -> None:
     (mark,) = test_each_reason_to_stay_dense.pytestmark
-    covered = {getattr(case, "values", case)[0] for case in mark.args[1]}
+    covered = {getattr(case, "values", case)[0] for case in mark.args[1]}  # a pytest.param has values
     elsewhere = {SkipReason.TENSOR_SUBCLASS, SkipReason.LOWERING_FAILED}
     of_other_forms = {SkipReason.UNRECOGNISED, SkipReason.WEIGHTS_USED, SkipReason.FUSED}  # test_forms.py
     of_settings = {SkipReason.DENSE_LAYER, SkipReason.KERNEL}  # test_policy.py, test_kernel_options.py
