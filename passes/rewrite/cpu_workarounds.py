@@ -31,7 +31,12 @@ from unittest import mock
 import torch
 from torch.fx import Node
 
-from flexprefill_compile.torch_internals import compiler_config, cpp_flex_attention_template, is_size_expression
+from flexprefill_compile.torch_internals import (
+    compiler_config,
+    cpp_flex_attention_template,
+    inductor_config,
+    is_size_expression,
+)
 
 from ..graph.nodes import example_of
 
@@ -105,9 +110,16 @@ def repaired_cpu_template() -> Iterator[None]:
 
 
 def _multiply_fast(define_products: Callable[[Any, str], str]) -> Callable[[Any, str], str]:
-    """Repair 2."""
+    """Repair 2. The products of all layers are alike, and slow to write: they are kept."""
+    sources: dict[object, str] = {}
 
     def define(self: Any, kernel_name: str) -> str:
+        kind = (kernel_name, self.input_dtype, self.accumulate_dtype, inductor_config.cpp.simdlen)
+        if kind not in sources:
+            sources[kind] = write(self, kernel_name)
+        return sources[kind]
+
+    def write(self: Any, kernel_name: str) -> str:
         source = define_products(self, kernel_name)
         if self.input_dtype != torch.float32:
             return source

@@ -58,6 +58,7 @@ __all__ = [
     "flex_attention_hop",
     "guard_or_false",
     "has_cuda_graphs",
+    "inductor_config",
     "inductor_option_names",
     "is_flash_available",
     "is_parameter",
