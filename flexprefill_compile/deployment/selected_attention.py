@@ -33,6 +33,7 @@ from ..torch_internals.operators import (
     DispatchKey,
     HigherOrderOperator,
     ProxyTorchDispatchMode,
+    ignore_functions_of,
     lowerings,
     register_fake,
     register_lowering,
@@ -87,6 +88,7 @@ class SelectedAttention(HigherOrderOperator):
 
 
 selected_attention = SelectedAttention()
+ignore_functions_of(selected_attention)
 
 
 def from_flex_attention(call: Node) -> None:

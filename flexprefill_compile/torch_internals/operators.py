@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -21,6 +22,7 @@ __all__ = [
     "DispatchKey",
     "HigherOrderOperator",
     "ProxyTorchDispatchMode",
+    "ignore_functions_of",
     "lowerings",
     "register_fake",
     "register_lowering",
@@ -28,6 +30,11 @@ __all__ = [
     "trace_call",
     "without_guards_on_sizes",
 ]
+
+
+def ignore_functions_of(operator: HigherOrderOperator) -> None:
+    """Keep inductor from warning that it knows no examples for the functions that an operator takes; it needs none."""
+    warnings.filterwarnings("ignore", f"Please add support for subgraph args to function {operator.name()}", UserWarning)
 
 
 def retrace(function: Callable[..., Tensor], examples: Sequence[Any]) -> GraphModule:
