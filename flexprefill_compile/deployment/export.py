@@ -9,7 +9,6 @@ operators that it calls.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 

@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from flexprefill_compile.block_masks.layout import BlockTables, unpack_blocks
 from flexprefill_compile.block_masks.prefill import create_block_mask
@@ -49,7 +49,7 @@ class SelectedAttention(HigherOrderOperator):
     """Exact attention over selected blocks, for inference."""
 
     def __init__(self) -> None:
-        super().__init__("flexprefill_attention", cacheable=True)
+        super().__init__("flexprefill_attention", cacheable=True)  # type: ignore[no-untyped-call]
 
     def __call__(
         self,
@@ -84,7 +84,7 @@ class SelectedAttention(HigherOrderOperator):
             (B, H, Sq, Dv), and the log-sum-exp of each row's scores to the base 2, (B, H, Sq) float32.
         """
         arguments = (query, key, value, score_mod, mask_mod, tables, block_size, scale, kernel_options)
-        return super().__call__(*arguments, num_score_captures, *captures)  # type: ignore[no-any-return]
+        return super().__call__(*arguments, num_score_captures, *captures)  # type: ignore[no-any-return, no-untyped-call]
 
 
 selected_attention = SelectedAttention()
@@ -93,12 +93,13 @@ ignore_functions_of(selected_attention)
 
 def from_flex_attention(call: Node) -> None:
     """Replace a node of FlexAttention's operator by one of this operator, in place."""
-    query, key, value, score_mod, block_mask, scale, options, score_captures, mask_captures = call.args
-    _, _, *entries, block_size, mask_mod = block_mask  # type: ignore[misc]
-    captures = (*score_captures, *mask_captures)  # type: ignore[misc]
+    arguments: tuple[Any, ...] = call.args
+    query, key, value, score_mod, block_mask, scale, options, score_captures, mask_captures = arguments
+    _, _, *entries, block_size, mask_mod = block_mask
+    captures = (*score_captures, *mask_captures)
     call.args = (
         *(query, key, value, score_mod, mask_mod, entries[:_NUM_TABLES], block_size, scale, options),
-        *(len(score_captures), *captures),  # type: ignore[arg-type]
+        *(len(score_captures), *captures),
     )
     call.target = selected_attention
 
@@ -161,12 +162,14 @@ def attend_to_selected(
     group = heads // key.shape[1]
     key, value = (x.float().repeat_interleave(group, dim=1) for x in (key, value))
     num_k_blocks = -(-key.shape[2] // block_size)
-    masked, full = (unpack_blocks(*pair, num_k_blocks) for pair in (tables[:2], tables[2:]))
+    masked, full = (unpack_blocks(counts, indices, num_k_blocks) for counts, indices in (tables[:2], tables[2:]))
     positions = [torch.arange(size, device=query.device) for size in (batch, heads, length, key.shape[2])]
     outputs, sums = [], []
     for start in range(0, length, block_size):
         rows = slice(start, start + block_size)
-        indices = [x.view(-1, *[1] * (3 - dim)) for dim, x in enumerate((*positions[:2], positions[2][rows], positions[3]))]
+        indices = [
+            x.view(-1, *[1] * (3 - dim)) for dim, x in enumerate((*positions[:2], positions[2][rows], positions[3]))
+        ]
         scores = query[:, :, rows].float() @ key.mT * scale
         scores = score_mod(scores, *indices, *captures[:num_score_captures]).float()
         allowed = mask_mod(*indices, *captures[num_score_captures:])
@@ -212,10 +215,14 @@ def _lower(
 def _repaired_template() -> type:
     """Return inductor's template of FlexAttention for the CPU with the repairs of ``cpu_workarounds``."""
     template = cpp_flex_attention_template().CppFlexAttentionTemplate
-    return type("RepairedTemplate", (template,), {n: repair(getattr(template, n)) for n, repair in TEMPLATE_REPAIRS.items()})
+    return type(
+        "RepairedTemplate", (template,), {n: repair(getattr(template, n)) for n, repair in TEMPLATE_REPAIRS.items()}
+    )
 
 
-def _create_block_mask(tables: Sequence[Any], lengths: tuple[Any, Any], block_size: int, mask_mod: Any) -> tuple[Any, ...]:
+def _create_block_mask(
+    tables: Sequence[Any], lengths: tuple[Any, Any], block_size: int, mask_mod: Any
+) -> tuple[Any, ...]:
     """Return FlexAttention's tuple of a block mask. Its layout changes between releases, so a BlockMask tells it."""
     stand_ins = BlockTables(*(torch.zeros((1,) * dim, dtype=torch.int32) for dim in (3, 4, 3, 4)))
     _, _, *entries, _ = create_block_mask(stand_ins, block_size, block_size, block_size).as_tuple()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._higher_order_ops.utils import reenter_make_fx, register_fake
@@ -34,7 +33,9 @@ __all__ = [
 
 def ignore_functions_of(operator: HigherOrderOperator) -> None:
     """Keep inductor from warning that it knows no examples for the functions that an operator takes; it needs none."""
-    warnings.filterwarnings("ignore", f"Please add support for subgraph args to function {operator.name()}", UserWarning)
+    warnings.filterwarnings(
+        "ignore", f"Please add support for subgraph args to function {operator.name()}", UserWarning
+    )
 
 
 def retrace(function: Callable[..., Tensor], examples: Sequence[Any]) -> GraphModule:

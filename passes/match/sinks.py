@@ -65,9 +65,9 @@ def find_sinks(softmax: Node, joined: Node) -> Sinks | None:
 def _drops_last(node: Node) -> bool:
     """Tell whether a node is ``x[..., :-1]``, as dynamo writes it or as torch.export does."""
     if operation(node) == "slice":
-        dim, start, end, step = (*node.args[1:], None, None, None, None)[:4]
-        return is_last_dimension(dim, 4) and start in (0, None) and end == -1 and step in (1, None)
-    return operation(node) == "getitem" and node.args[1] == _DROPS_LAST
+        dim, *bounds = (*node.args[1:], 1)[:4]
+        return is_last_dimension(dim, 4) and bounds == [0, -1, 1]
+    return operation(node) == "getitem" and bool(node.args[1] == _DROPS_LAST)
 
 
 def are_edited(sinks: Sinks, output: Node) -> bool:

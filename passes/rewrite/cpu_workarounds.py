@@ -12,8 +12,8 @@
    captures' are added there.
 5. It puts its tile sizes into the generated code by replacing text: ``ks3``, say, also at the start of ``ks31``. The
    tile sizes are listed as well, while a mod is generated, which gives them names that no other starts with.
-6. It puts the numbers of its buffers into the generated code, so that no two layers of a model have the same kernel, and
-   each is compiled for itself. Numbers that are the same in all layers leave one kernel for all.
+6. It puts the numbers of its buffers into the generated code, so that no two layers of a model have the same kernel and
+   each is compiled for itself. With the same numbers in all layers, layers that are alike share one kernel.
 7. It can't name a captured size that is computed from others, such as the difference of two lengths. A tensor holds it.
 
 2 to 6 are repaired while our graphs compile, and only then. Torch 2.11 to 2.15 need all of them;

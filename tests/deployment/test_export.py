@@ -213,13 +213,13 @@ def test_a_compiled_model_exports_as_itself() -> None:
 
 def test_under_autograd_a_program_says_what_to_do() -> None:
     program = export(TwoLayers(), torch.randn(1, 256, 64), options=EXACT)
-    with pytest.raises(RuntimeError, match=r"call it under torch.no_grad"):
+    with pytest.raises(RuntimeError, match=r"call it under torch\.no_grad"):
         program.module()(torch.randn(1, 256, 64))
 
 
 def test_mistakes_are_one_clear_error() -> None:
     x = torch.randn(1, 256, 64)
-    with pytest.raises(UsageError, match="must be an nn.Module"):
+    with pytest.raises(UsageError, match=r"must be an nn\.Module"):
         export(F.relu, x)  # type: ignore[arg-type]
     with pytest.raises(InvalidOptionError, match="gama"):
         export(TwoLayers(), x, options={"gama": 1})
