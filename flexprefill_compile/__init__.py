@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 from flexprefill_compile import block_masks
 
 from .decorator import sparse_prefill
+from .deployment.export import export, export_report
 from .explain import explain
 from .integrations import register_transformers
 from .quality.audit.audit import audit
@@ -32,6 +33,8 @@ __all__ = [
     "block_masks",
     "calibrate",
     "explain",
+    "export",
+    "export_report",
     "register_estimator",
     "register_transformers",
     "sparse_prefill",

@@ -21,7 +21,7 @@ FLOORS = (
     ("commands",),
     ("__init__",),
     ("quality", "tasks", "bench", "models"),
-    ("decorator", "explain", "integrations"),
+    ("decorator", "explain", "integrations", "deployment"),
     ("backend",),
     ("passes",),
     ("block_masks",),
@@ -173,9 +173,9 @@ def test_every_room_states_its_law() -> None:
         assert ast.get_docstring(ast.parse(file.read_text())), file
 
 
-def test_only_one_file_imports_private_names_of_torch() -> None:
+def test_only_one_folder_imports_private_names_of_torch() -> None:
     for module, file in MODULES.items():
-        if module == "torch_internals":
+        if module.split(".")[0] == "torch_internals":
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):

@@ -41,8 +41,8 @@ ELEMENTWISE = _names("""
 """)
 # They move elements about, or join tensors, so that the result still holds what went in.
 REARRANGEMENTS = _names("""
-    getitem gather take_along_dim index_select select narrow cat concat stack pad roll flip split chunk unbind tril
-    triu repeat_interleave max min amax einsum
+    getitem gather take_along_dim index_select select slice narrow cat concat stack pad roll flip split chunk unbind
+    tril triu repeat_interleave max min amax einsum
 """)
 # They read a tensor's sizes and not its elements.
 _METADATA = _names("size dim shape ndim numel sym_size")

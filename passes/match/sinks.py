@@ -56,11 +56,18 @@ def find_sinks(softmax: Node, joined: Node) -> Sinks | None:
         return None
     (weights,) = users
     node = _undo_expansions(expanded, example_of(logits))
-    drops_them = operation(weights) == "getitem" and weights.args[1] == _DROPS_LAST
-    if not drops_them or node is None or not is_last_dimension(argument(joined, 1, "dim"), 4):
+    if not _drops_last(weights) or node is None or not is_last_dimension(argument(joined, 1, "dim"), 4):
         return None
     shifted = first_input(softmax)
     return Sinks(node, logits, weights, tuple(dict.fromkeys((joined, shifted or joined, softmax))))
+
+
+def _drops_last(node: Node) -> bool:
+    """Tell whether a node is ``x[..., :-1]``, as dynamo writes it or as torch.export does."""
+    if operation(node) == "slice":
+        dim, *bounds = (*node.args[1:], 1)[:4]
+        return is_last_dimension(dim, 4) and bounds == [0, -1, 1]
+    return operation(node) == "getitem" and bool(node.args[1] == _DROPS_LAST)
 
 
 def are_edited(sinks: Sinks, output: Node) -> bool:

@@ -12,9 +12,11 @@
    captures' are added there.
 5. It puts its tile sizes into the generated code by replacing text: ``ks3``, say, also at the start of ``ks31``. The
    tile sizes are listed as well, while a mod is generated, which gives them names that no other starts with.
-6. It can't name a captured size that is computed from others, such as the difference of two lengths. A tensor holds it.
+6. It puts the numbers of its buffers into the generated code, so that no two layers of a model have the same kernel and
+   each is compiled for itself. With the same numbers in all layers, layers that are alike share one kernel.
+7. It can't name a captured size that is computed from others, such as the difference of two lengths. A tensor holds it.
 
-2 to 5 are repaired while our graphs compile, and only then. Torch 2.11 to 2.15 need all of them;
+2 to 6 are repaired while our graphs compile, and only then. Torch 2.11 to 2.15 need all of them;
 ``tests/passes/rewrite/test_cpu_workarounds.py`` says when each can go.
 """
 
@@ -29,7 +31,12 @@ from unittest import mock
 import torch
 from torch.fx import Node
 
-from flexprefill_compile.torch_internals import compiler_config, cpp_flex_attention_template, is_size_expression
+from flexprefill_compile.torch_internals import (
+    compiler_config,
+    cpp_flex_attention_template,
+    inductor_config,
+    is_size_expression,
+)
 
 from ..graph.nodes import example_of
 
@@ -87,7 +94,7 @@ def name_number_on_cpu(insert: Callable[..., Node], number: Any, device: torch.d
 
 @contextlib.contextmanager
 def repaired_cpu_template() -> Iterator[None]:
-    """While active, inductor generates FlexAttention for the CPU without bugs 2 to 5.
+    """While active, inductor generates FlexAttention for the CPU without bugs 2 to 6.
 
     What is compiled meanwhile is cached under a tag of its own: inductor's cache keys see graphs, not templates.
     """
@@ -103,9 +110,16 @@ def repaired_cpu_template() -> Iterator[None]:
 
 
 def _multiply_fast(define_products: Callable[[Any, str], str]) -> Callable[[Any, str], str]:
-    """Repair 2."""
+    """Repair 2. The products of all layers are alike, and slow to write: they are kept."""
+    sources: dict[object, str] = {}
 
     def define(self: Any, kernel_name: str) -> str:
+        kind = (kernel_name, self.input_dtype, self.accumulate_dtype, inductor_config.cpp.simdlen)
+        if kind not in sources:
+            sources[kind] = write(self, kernel_name)
+        return sources[kind]
+
+    def write(self: Any, kernel_name: str) -> str:
         source = define_products(self, kernel_name)
         if self.input_dtype != torch.float32:
             return source
@@ -127,11 +141,13 @@ def _keep_nan(define_softmax: Callable[[Any, str], str]) -> Callable[[Any, str],
     return define
 
 
-def _pass_sizes_of_captures(create: Callable[..., None]) -> Callable[..., None]:
-    """Repair 4."""
+def _prepare_template(create: Callable[..., None]) -> Callable[..., None]:
+    """Repairs 4 and 6."""
 
     def create_template(self: Any, *args: Any, **keywords: Any) -> None:
         create(self, *args, **keywords)
+        # None where there is no such function; else part of the name of a pointer, in a block of its own.
+        self.score_buf_idx, self.mask_buf_idx = (x and "0" for x in (self.score_buf_idx, self.mask_buf_idx))
         captures = [x for x in self.kernel_input_name_to_buffer.values() if hasattr(x, "get_stride")]
         sizes = [size for capture in captures for size in (*capture.get_size(), *capture.get_stride())]
         # Sizes that turned out equal have one symbol in what is generated, but each its own in the captures' shapes.
@@ -156,6 +172,6 @@ def _name_tile_sizes(generate: Callable[..., str]) -> Callable[..., str]:
 TEMPLATE_REPAIRS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "micro_gemm_define": _multiply_fast,
     "codegen_softmax_fusion": _keep_nan,
-    "__init__": _pass_sizes_of_captures,
+    "__init__": _prepare_template,
     "modification": _name_tile_sizes,
 }

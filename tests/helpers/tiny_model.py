@@ -19,11 +19,13 @@ def create_byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def create_tiny_llama() -> LlamaForCausalLM:
-    """Create a Llama of two layers with random weights, the same at each call."""
+def create_tiny_llama(num_layers: int = 2) -> LlamaForCausalLM:
+    """Create a Llama with random weights, the same at each call."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=2, eos_token_id=None, **sizes)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=256, num_hidden_layers=num_layers, eos_token_id=None, **sizes)
+    ).eval()
 
 
 def save_tiny_model(folder: Path) -> Path:

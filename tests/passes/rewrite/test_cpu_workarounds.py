@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from helpers.models import OPTIONS, causal_attention, relative_error
+from helpers.models import OPTIONS, TwoLayers, causal_attention, relative_error
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.fx import Node
@@ -141,3 +142,14 @@ def test_5_the_template_replaces_names_wherever_they_stand() -> None:
     source = inspect.getsource(template.modification)
     assert "output_code.replace(" in source
     assert 'args.sizevars[name] = f"k{name}"' in source, "the repair's names don't go this way any more"
+
+
+@pytest.mark.parametrize("is_repaired", [False, True])
+def test_6_layers_that_are_alike_share_a_kernel(is_repaired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_repaired:
+        monkeypatch.delitem(TEMPLATE_REPAIRS, "__init__")
+    compiled = torch.compile(TwoLayers().eval(), backend="flexprefill", options=EXACT)
+    with torch.no_grad(), fresh_cache():
+        _, code = run_and_get_code(compiled, torch.randn(1, 100, 64))
+    kernels = re.findall(r"^(cpp_\w*flex_attention\w*) = async_compile", "".join(code), re.MULTILINE)
+    assert len(kernels) == (1 if is_repaired else 2)

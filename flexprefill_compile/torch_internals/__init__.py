@@ -59,6 +59,7 @@ __all__ = [
     "flex_attention_hop",
     "guard_or_false",
     "has_cuda_graphs",
+    "inductor_config",
     "inductor_option_names",
     "is_parameter",
     "is_size_expression",

@@ -1,0 +1,102 @@
+"""Measure what compilation adds to the first prompt of SmolLM2, dense and sparse, on one machine.
+
+Run: python benchmarks/compile_time.py                    (empty caches, then the same again with warm ones)
+     python benchmarks/compile_time.py --tokens 8192 --threads 2
+
+Each run is a process of its own; dense and sparse runs take turns. User time counts the C++ compiler's too, and
+depends less than wall time on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from flexprefill_compile.models import load_model, read_tokens
+from flexprefill_compile.text_table import format_table
+
+BACKENDS = {"dense": "inductor", "sparse": "flexprefill"}
+# Of dynamo's own clocks: their names, and what they contain beside what is listed before them.
+STEPS = {
+    "compiling, all": "_compile.compile_inner",
+    "backend": "OutputGraph.call_user_compiler",
+    "inductor": "fx_codegen_and_compile",
+    "C++ compiler": "compile_file",
+}
+
+
+def measure(backend: str, tokens: int) -> dict[str, Any]:
+    """Run the first prompt in this process; return seconds by step, and what the caches did."""
+    model, tokenizer = load_model(None, "cpu")
+    input_ids, _ = read_tokens(tokenizer, None, max_tokens=tokens)
+    options = {"min_length": 1} if backend == "flexprefill" else {}
+    compiled = torch.compile(model, backend=backend, options=options)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(2):
+            start, start_user = time.perf_counter(), _user_s()
+            compiled(input_ids, use_cache=True)
+            seconds.append((time.perf_counter() - start, _user_s() - start_user))
+    (first, first_user), (second, second_user) = seconds
+    clocks = torch._dynamo.utils.compilation_time_metrics
+    return {
+        "added to the first prompt": first - second,
+        "the same, user time": first_user - second_user,
+        **{step: sum(clocks.get(name, [0])) for step, name in STEPS.items()},
+        "graphs from the cache": torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"],
+    }
+
+
+def _user_s() -> float:
+    """Return the user time of this process and of those that it waited for."""
+    return sum(resource.getrusage(who).ru_utime for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def run_apart(kind: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure in a fresh process, whose caches are in a folder."""
+    environment = os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / kind),
+        "OMP_NUM_THREADS": str(arguments.threads),
+        "TORCHINDUCTOR_COMPILE_THREADS": str(arguments.threads),
+    }
+    command = [sys.executable, __file__, "--backend", BACKENDS[kind], "--tokens", str(arguments.tokens)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """Measure each kind cold and warm, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--backend", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.backend:
+        print(json.dumps(measure(arguments.backend, arguments.tokens)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {
+            f"{kind}, {caches}": run_apart(kind, Path(folder), arguments)
+            for caches in ("cold", "warm")
+            for kind in BACKENDS
+        }
+    steps = list(next(iter(runs.values())))
+    rows = [(step, *(f"{run[step]:.1f}" for run in runs.values())) for step in steps]
+    print(format_table(("seconds", *runs), rows))
+
+
+if __name__ == "__main__":
+    main()
