@@ -23,7 +23,7 @@ from flexprefill_compile.passes.sparse_prefill import SparsePrefillPass
 from ..errors import UsageError
 from ..report import RewriteReport, check_skips
 from ..settings.config import InvalidOptionError, SparsePrefillConfig, split_options
-from ..settings.device_defaults import find_device, resolve_block_size, resolve_min_length
+from ..settings.device_defaults import find_device, resolve_min_length, resolve_selection
 from ..torch_internals import flex_attention_hop
 from ..torch_internals.operators import without_guards_on_sizes
 from .selected_attention import from_flex_attention
@@ -115,7 +115,7 @@ def _rewrite(program: ExportedProgram, config: SparsePrefillConfig, options: Map
     """Run the pass over a program in place."""
     module: GraphModule = program.graph_module
     examples = [x for node in module.graph.find_nodes(op="placeholder") if isinstance(x := example_of(node), Tensor)]
-    config = resolve_block_size(config, options, find_device(examples))
+    config = resolve_selection(config, options, find_device(examples))
     config = resolve_min_length(config, examples)
     own_calls = set(module.graph.find_nodes(op="call_function", target=flex_attention_hop))
     sparse_prefill = SparsePrefillPass(config, {})
