@@ -205,11 +205,11 @@ def _restore_layout(insert: Insert, output: Node, site: AttentionSite) -> Node:
     """Give the output the shape and the strides that the model's own attention had: views of it may need them."""
     wanted = example_of(site.node)
     if wanted.dim() == 3:
-        return insert(torch.flatten, insert(torch.Tensor.contiguous, output), 0, 1)
+        return insert(torch.flatten, insert(torch.ops.aten.contiguous.default, output), 0, 1)
     if _same_sizes(example_of(output).stride(), wanted.stride()):
         return output
     order = next(filter(partial(_is_memory_order, wanted), itertools.permutations(range(4))), (0, 1, 2, 3))
-    dense = insert(torch.Tensor.contiguous, insert(torch.permute, output, order))
+    dense = insert(torch.ops.aten.contiguous.default, insert(torch.permute, output, order))
     return insert(torch.permute, dense, tuple(map(order.index, range(4))))
 
 
