@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -227,3 +228,16 @@ def test_mistakes_are_one_clear_error() -> None:
         export(TwoLayers(), x, options={"max_density": 0.5})
     with pytest.raises(UsageError, match="no report"):
         export_report(torch.export.export(nn.Identity(), (x,)))
+
+
+def test_the_program_that_the_docs_export_runs_sparse(
+    model: Logits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    document = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    example = re.findall(r"```python\n(.*?)```", document, re.DOTALL)[0]
+    input_ids, is_token = create_prompts(4224)
+    names: dict[str, Any] = {"model": model, "input_ids": input_ids, "is_token": is_token}
+    exec(compile(example, "docs/export.md", "exec"), names)
+    assert export_report(names["program"]).num_rewritten == 1
+    assert (tmp_path / "prefill.pt2").exists()
