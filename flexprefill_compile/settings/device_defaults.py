@@ -1,4 +1,4 @@
-"""Defaults that depend on the device: the break-even length of sparse prefill, and the ceiling on density.
+"""Defaults that depend on the device: what an estimator selects by, the break-even length, the ceiling on density.
 
 The break-even length is the prompt length from which on sparse prefill is no slower than dense. It was measured on
 known devices, and ``flexprefill tune`` measures it on this machine. A ceiling on density reads one number from the
