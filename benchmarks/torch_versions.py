@@ -22,6 +22,8 @@ sys.path.insert(0, str(ROOT))
 from flexprefill_compile.text_table import format_table  # noqa: E402
 
 VERSIONS = ("2.11.0", "2.12.0", "2.13.0", "2.14.1", "2.15.0")
+# What a version needs other than constraints.txt: Triton 3.6's interpreter fails with numpy 2.4.
+INSTEAD = {"2.11.0": {"numpy": "numpy<2.4"}}
 CORE_TESTS = ("tests/settings", "tests/front_door", "tests/passes", "tests/block_masks", "tests/fuzz")
 
 
@@ -37,7 +39,7 @@ class Run(NamedTuple):
 def find_python(version: str, folder: Path) -> Path:
     """Return the interpreter of an environment with a version of torch, made if it is missing.
 
-    The other packages are those of constraints.txt, but for what torch itself pins.
+    The other packages are those of constraints.txt, but for what torch itself pins and for ``INSTEAD``.
     """
     environment = folder / f"torch-{version}"
     python = environment / "bin" / "python"
@@ -45,9 +47,11 @@ def find_python(version: str, folder: Path) -> Path:
         venv.create(environment, with_pip=True)
         constraints = environment / "constraints.txt"
         lines = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
-        constraints.write_text("".join(line for line in lines if not line.startswith("torch==")))
-        pip = [python, "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, "--constraint", constraints, f"torch=={version}", f"{ROOT}[hf,plot,dev]"], check=True)
+        instead = INSTEAD.get(version, {})
+        left_out = tuple(f"{name}==" for name in ("torch", *instead))
+        constraints.write_text("".join(line for line in lines if not line.startswith(left_out)))
+        pip = [python, "-m", "pip", "install", "--quiet", "--constraint", constraints]
+        subprocess.run([*pip, f"torch=={version}", *instead.values(), f"{ROOT}[hf,plot,dev]"], check=True)
     # The tests run against this checkout, whichever the environment was made for.
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--editable", ROOT], check=True)
     return python
