@@ -22,10 +22,12 @@ def select_by_pools(
     gamma: float,
     length: int,
     num_blocks: int,
-    num_tiles: int,
+    last_tile: int,
     kv_heads: int,
     batch_kv_heads: int,
     pitch: int,
+    first_mass_block: int,
+    mass_blocks: int,
     mass_width: int,
     width: int,
     min_blocks: int,
@@ -54,16 +56,17 @@ def select_by_pools(
     """Score the sampled queries of some segments, choose their blocks and pack them.
 
     A segment is a query block of one head. Those of the heads that share a key head follow each other: (query block,
-    head of the group). Grid: (tiles of segments * B * Hkv,), those that see the most keys first.
+    head of the group). Grid: (tiles of segments * B * Hkv,), from ``last_tile`` down: the longest rows first.
 
-    ``means`` is what ``pool_keys`` writes, ``pitch`` a multiple of COLUMNS. ``masses`` is (B, H, num_blocks,
-    mass_width) int32, room for as many float32; it may be ``full_indices``.
+    ``means`` is what ``pool_keys`` writes, ``pitch`` a multiple of COLUMNS. ``masses`` is (B, H, mass_blocks,
+    mass_width) int32, room for as many float32, for the query blocks from ``first_mass_block`` on; it may be
+    ``full_indices``.
     """
     samples: tl.constexpr = BLOCK // STRIDE
     num_own: tl.constexpr = ROWS // samples
     block_keys: tl.constexpr = BLOCK // POOL
     batch_kv = (tl.program_id(0) % batch_kv_heads).to(tl.int64)
-    first_segment = (num_tiles - 1 - tl.program_id(0) // batch_kv_heads) * num_own
+    first_segment = (last_tile - tl.program_id(0) // batch_kv_heads) * num_own
     num_segments = num_blocks * GROUP
     first_head = batch_kv * GROUP  # of B * H
     last_block = tl.minimum(first_segment + num_own - 1, num_segments - 1) // GROUP
@@ -107,7 +110,7 @@ def select_by_pools(
     tile_blocks: tl.constexpr = COLUMNS // block_keys
     own = first_segment + tl.arange(0, num_own)
     own_block = own // GROUP
-    own_entry = (first_head + own % GROUP) * num_blocks + own_block
+    mass_row = (first_head + own % GROUP) * mass_blocks + own_block - first_mass_block
     is_own = own < num_segments
     for tile in tl.range(0, stop, num_stages=NUM_STAGES):
         scores = _score_tile(
@@ -118,7 +121,7 @@ def select_by_pools(
         mass = tl.sum(tl.reshape(mass, [num_own, samples, tile_blocks]), 1)
         block = tile * tile_blocks + tl.arange(0, tile_blocks)
         is_seen = is_own[:, None] & (block[None, :] <= own_block[:, None])
-        tl.store(masses + (own_entry * mass_width)[:, None] + block[None, :], mass, mask=is_seen)
+        tl.store(masses + (mass_row * mass_width)[:, None] + block[None, :], mass, mask=is_seen)
     tl.debug_barrier()
 
     # A head whose keys or values are not all finite computes every block, under a ceiling those first that are not.
@@ -133,8 +136,9 @@ def select_by_pools(
         first = first_segment + part * AT_ONCE
         _select_rows(
             first + tl.arange(0, AT_ONCE), fault, worst, gammas, gamma, masses, diagonal_counts, diagonal_indices,
-            full_counts, full_indices, first_head, batch_kv % kv_heads * GROUP, num_blocks, mass_width, width,
-            min_blocks, max_blocks, first_dense, GROUP, NUM_BLOCKS, AT_ONCE, HAS_GAMMAS, HAS_CEILING,
+            full_counts, full_indices, first_head, batch_kv % kv_heads * GROUP, num_blocks, first_mass_block,
+            mass_blocks, mass_width, width, min_blocks, max_blocks, first_dense, GROUP, NUM_BLOCKS, AT_ONCE, HAS_GAMMAS,
+            HAS_CEILING,
         )  # fmt: skip
 
 
@@ -153,6 +157,8 @@ def _select_rows(
     first_head: tl.tensor,
     first_gamma: tl.tensor,
     num_blocks: int,
+    first_mass_block: int,
+    mass_blocks: int,
     mass_width: int,
     width: int,
     min_blocks: int,
@@ -170,7 +176,8 @@ def _select_rows(
     query_block = segment // GROUP
     entry = (first_head + segment % GROUP) * num_blocks + query_block
     seen = is_there[:, None] & (block[None, :] <= query_block[:, None])
-    mass = tl.load(masses + (entry * mass_width)[:, None] + block[None, :], mask=seen, other=0.0)
+    mass_row = (first_head + segment % GROUP) * mass_blocks + query_block - first_mass_block
+    mass = tl.load(masses + (mass_row * mass_width)[:, None] + block[None, :], mask=seen, other=0.0)
     # The same where a row itself is not finite: NaN in its queries reaches no other row.
     is_finite = tl.sum(mass, 1) + worst < float("inf")
     mass = tl.where(is_finite[:, None], mass, fault[None, :])

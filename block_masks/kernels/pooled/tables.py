@@ -23,6 +23,7 @@ from .select import select_by_pools
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST_HEAD_DIM = 256
 MOST_BLOCKS = 16384  # a row of the grid is one vector of registers
+MOST_MASSES = 2**27  # in a buffer of their own: half a GiB
 
 
 class Tile(NamedTuple):
@@ -88,7 +89,7 @@ def select_tables(
 
     The blocks are those of ``select_prefill_blocks``, but for masses within rounding of a threshold, and for NaN and
     inf in queries: they fill the row that they reach, not the head. Beside the tables, memory holds the means of the
-    keys, and with a ceiling four bytes for each block of the grid.
+    keys, and with a ceiling four bytes for each block of the grid, up to ``MOST_MASSES`` of them.
 
     Args:
         query: (B, H, S, D), one of float16, bfloat16 and float32, any strides.
@@ -128,7 +129,8 @@ class _Plan:
         self.batch, self.heads, length, head_dim = query
         self.kv_heads, block_size = key[1], config.block_size
         self.num_blocks = count_blocks(length, block_size)
-        group, batch_kv_heads = self.heads // self.kv_heads, self.batch * self.kv_heads
+        self.group = group = self.heads // self.kv_heads
+        self.batch_kv_heads = batch_kv_heads = self.batch * self.kv_heads
         pool = min(POOL_TOKENS, block_size)
         keys, samples = block_size // pool, block_size // QUERY_STRIDE
         lanes, value_lanes = (max(16, next_power_of_2(size)) for size in (head_dim, value[-1]))
@@ -138,8 +140,15 @@ class _Plan:
         self.num_means = batch_kv_heads * (pitch * head_dim + 2 * self.num_blocks)  # and faults
         self.counts = (self.batch, self.heads, self.num_blocks)
         self.indices = (*self.counts, width)
-        self.masses = (*self.counts, self.num_blocks)
         self.has_room = width >= self.num_blocks  # for the masses of a row where its indices will lie
+        self.segments = own = tile.rows // samples  # of a tile
+        # Else the query blocks take turns in a buffer. Those of a tile may stand in one block more than they fill.
+        in_turn = max(own // group + 2, MOST_MASSES // (self.batch * self.heads * self.num_blocks))
+        mass_blocks = self.num_blocks if self.has_room else min(in_turn, self.num_blocks)
+        tiles_in_turn = num_tiles if mass_blocks == self.num_blocks else (mass_blocks - 1) * group // own
+        starts = range(0, num_tiles, tiles_in_turn)
+        self.turns = [(start, min(start + tiles_in_turn, num_tiles)) for start in starts]
+        self.masses = (self.batch, self.heads, mass_blocks, self.num_blocks)
         self.config, self.has_gammas = config, len(config.gammas) > 1
         self.launcher = Launcher(("pooled", device, dtype, layouts, config, width, tile))
         shared = {
@@ -163,13 +172,12 @@ class _Plan:
             "TOKENS": min(block_size, max(pool, 16384 // max(lanes, value_lanes))),
         }
         columns = next_power_of_2(self.num_blocks)
-        self.grid = (num_tiles * batch_kv_heads,)
         self.arguments = {
             **shared,
             **name_strides("query", query_strides),
             "scale_log2e": scale * math.log2(math.e),
             "gamma": config.gammas[0],
-            "num_tiles": num_tiles,
+            "mass_blocks": mass_blocks,
             "mass_width": max(width, self.num_blocks),
             "width": width,
             "min_blocks": count_blocks(config.floor_at(length), block_size),
@@ -209,7 +217,15 @@ class _Plan:
             "full_counts": tables.full_kv_num_blocks,
             "full_indices": tables.full_kv_indices,
         }
-        self.launcher.run(select_by_pools, self.grid, self.arguments | buffers, num_warps=self.tile.num_warps)
+        for first, stop in self.turns:
+            turn = {"last_tile": stop - 1, "first_mass_block": first * self.segments // self.group}
+            self.launcher.run(
+                select_by_pools,
+                ((stop - first) * self.batch_kv_heads,),
+                self.arguments | buffers | turn,
+                num_warps=self.tile.num_warps,
+                variant=first,
+            )
         return tables
 
 

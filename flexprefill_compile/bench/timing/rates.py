@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexprefill_compile.block_masks.kernels.pooled import POOL_TOKENS, QUERY_STRIDE
 from flexprefill_compile.block_masks.layout import count_blocks, count_causal_blocks
 
 from .clocks import time_ms
@@ -41,7 +42,10 @@ def compute_floors(
     """
     heads, length, head_dim = query.shape[1:]
     blocks = density * heads * count_causal_blocks(count_blocks(length, block_size))
+    pooled_scores = heads * (length / QUERY_STRIDE) * (length / POOL_TOKENS) / 2
     return {
+        "pool_keys": (key.nbytes + value.nbytes) / rates["copy"] * 1e3,
+        "select_by_pools": 2 * head_dim * pooled_scores / rates["product"] * 1e3,
         "pool_inputs": (query.nbytes + key.nbytes + value.nbytes) / rates["copy"] * 1e3,
         "score_representative": 2 * heads * min(block_size, length) * length * head_dim / rates["product"] * 1e3,
         ATTENTION: 2 * (head_dim + value.shape[-1]) * block_size**2 * blocks / rates["product"] * 1e3,

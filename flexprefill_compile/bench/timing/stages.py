@@ -10,6 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 from .rates import ATTENTION
 
 SELECTION_STAGES = (
+    "pool_keys",
+    "select_by_pools",
     "score_pieces",
     "pool_pieces",
     "pool_inputs",

@@ -101,6 +101,18 @@ def test_strides_don_t_matter() -> None:
     assert torch.equal(select(*views, config), select(query, key, value, config))
 
 
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_query_blocks_that_take_turns_in_a_buffer_select_the_same(
+    block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key, value = create_inputs(2, 6, 2, 700, 16)
+    config = create_config(block_size, max_budget=4 * block_size)
+    monkeypatch.setattr(tables, "MOST_MASSES", 0)
+    tables._recall_plan.cache_clear()
+    assert torch.equal(select(query, key, value, config), expect(query, key, value, config))
+    tables._recall_plan.cache_clear()
+
+
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("place", ["key", "value"])
 def test_heads_of_keys_or_values_that_are_not_finite_compute_every_block(place: str, number: float) -> None:
