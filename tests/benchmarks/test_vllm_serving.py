@@ -30,7 +30,9 @@ class Engine:
         outputs = []
         for name, (prompt, tokens, most) in list(self.running.items()):
             tokens.append(len(prompt) + len(tokens))
-            outputs.append(SimpleNamespace(request_id=name, outputs=[SimpleNamespace(token_ids=tuple(tokens))]))
+            logits = [{token: SimpleNamespace(logprob=float(token))} for token in tokens]
+            own = SimpleNamespace(token_ids=tuple(tokens), logprobs=logits)
+            outputs.append(SimpleNamespace(request_id=name, outputs=[own]))
             if len(tokens) == most:
                 del self.running[name]
         return outputs
@@ -56,6 +58,11 @@ def test_requests_are_served_when_they_are_due(serving: Any) -> None:
     figures = serving.summarise(streams, [10, 20])
     assert figures["tokens"] == 36
     assert 0 <= figures["first token p50_s"] <= figures["first token p99_s"] < 0.05
+
+
+def test_logits_come_where_they_are_asked_for(serving: Any) -> None:
+    assert serving.serve(Engine(), [(0.0, [1] * 10)], 2)[0].logits == []
+    assert serving.serve(Engine(), [(0.0, [1] * 10)], 2, 5)[0].logits == [{10: 10.0}, {11: 11.0}]
 
 
 def test_tokens_that_change_are_an_error(serving: Any) -> None:
@@ -87,7 +94,28 @@ def test_percentiles(serving: Any) -> None:
 def make_results(tokens: list[int], lost: int) -> dict[str, Any]:
     load = {"first token p50_s": 0.1, "first token p99_s": 0.2, "between tokens p50_s": 0.01}
     load |= {"between tokens p99_s": 0.02, "tokens": 100.0, "duration_s": 2.0}
-    return {"first_token_s": {"8192": [0.3, 0.1, 0.2]}, "tokens": [tokens], "load": load, "lost": lost}
+    results = {"first_token_s": {"8192": [0.3, 0.1, 0.2]}, "tokens": [tokens], "load": load, "lost": lost}
+    return results | {"logits": [[[[token, 20.0]] for token in tokens]], "epsilon": 2**-7}
+
+
+SPACING = 0.125  # of bf16 from 16 to 32
+
+
+@pytest.mark.parametrize(("more", "gap"), [(0, 2), (1, 3), (2, 4), (3, 5)])
+def test_a_gap_is_what_both_engines_prefer(serving: Any, more: int, gap: int) -> None:
+    dense = [[[1, 20.0]], [[2, 20.0], [3, 20.0 - SPACING]], [[5, 9.0]]]
+    other = [[[1, 20.0 + SPACING]], [[2, 20.0], [3, 20.0 + SPACING * (1 + more)]], [[6, 70.0]]]
+    found = serving.compare([1, 2, 5], [1, 3, 6], dense, other, epsilon=2**-7)
+    assert found == serving.Comparison(same=1, gap=gap, drift=max(1, 2 + more))
+    results = {"dense": {"tokens": [[1, 2, 5]], "logits": [dense], "epsilon": 2**-7, "lost": 0}}
+    results["gamma 1"] = {"tokens": [[1, 3, 6]], "logits": [other], "lost": 0}
+    assert bool(serving.find_faults(results)) == (gap > serving.TIE_SPACINGS)
+    assert serving.describe_comparisons([found])[1] == f"prompt 0 parts at token 1: a gap of {gap}.0 spacings"
+
+
+def test_a_token_that_is_not_among_the_largest_is_no_tie(serving: Any) -> None:
+    found = serving.compare([2], [3], [[[2, 20.0]]], [[[3, 20.0], [2, 19.9]]], epsilon=2**-7)
+    assert found.gap == float("inf")
 
 
 def test_the_tables_and_what_is_wrong(serving: Any) -> None:
