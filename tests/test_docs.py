@@ -45,7 +45,7 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
             "tensor_parallel": "none",
             "gamma": f"{defaults.gamma}; {defaults.cpu_gamma} on a CPU",
             "block_size": f"128; {defaults.gpu_block_size} on a GPU",
-            "min_budget": "512 to 1024",
+            "min_budget": "768 to 1024",
             "estimator": '`"pooled"`',
             "on_skip": '`"keep"`',
             "kernel_backend": '`"auto"`',

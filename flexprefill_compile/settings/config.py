@@ -27,7 +27,7 @@ __all__ = ["InvalidOptionError", "SparsePrefillConfig", "split_options"]
 _ON_SKIP = ("keep", "raise")
 KERNEL_BACKENDS = ("auto", "triton", "flash")
 # A floor that follows the length: a token in so many of the context, between the two numbers of tokens.
-_CONTEXT_PER_FLOOR, _FLOORS = 32, (512, 1024)
+_CONTEXT_PER_FLOOR, _FLOORS = 16, (768, 1024)
 # The fields that say which blocks to select, gamma first, with their types in the schemas of the ops that select.
 SELECTION = {
     "gamma": "float[]",
@@ -51,7 +51,7 @@ class SparsePrefillConfig:
         tau: Distance below which a head's pooled estimate is trusted, in [0, 1]: the square root of a
             Jensen-Shannon divergence in nats. 0 makes every head vertical-slash.
         min_budget: Tokens that every query row computes at least, beside the first key block and the diagonal. None is
-            the estimator's default: a 32nd of the context for ``"pooled"``, within 512 and 1024, else 1024.
+            the estimator's default: a 16th of the context for ``"pooled"``, within 768 and 1024, else 1024.
         max_budget: Tokens that every query row computes at most, beside the first key block and the diagonal;
             None is no limit. It also caps gamma = 1 and ``dense_last``.
         block_size: Tokens to a side of a block: a power of two from 16 to 512. Where it isn't given, the backend takes

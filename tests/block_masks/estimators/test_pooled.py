@@ -71,7 +71,7 @@ def test_no_tensor_has_the_size_of_the_scores() -> None:
 def test_it_is_the_default_and_has_defaults_of_its_own() -> None:
     config = SparsePrefillConfig()
     assert (config.estimator, config.gammas, config.min_budget) == ("pooled", [0.8], None)
-    assert [config.floor_at(length) for length in (100, 16384, 24576, 32768, 2**20)] == [512, 512, 768, 1024, 1024]
+    assert [config.floor_at(length) for length in (100, 8192, 14336, 16384, 2**20)] == [768, 768, 896, 1024, 1024]
     paper = SparsePrefillConfig(estimator="flexprefill")
     assert (paper.gammas, paper.tau, paper.floor_at(2**20), paper.block_size) == ([0.95], 0.1, 1024, 128)
 
