@@ -63,7 +63,7 @@ def insert_facts(
         offset = lifted.bounds.compute_offset(mask, captured, measured.key_length - measured.query_length)
         found = lifted.bounds
         if found.is_given and found.offset is None and not is_square:
-            offset = _find_offset(mask, captured, measured, device)
+            offset = _find_offset(mask, captured, measured, block_size, device)
         if isinstance(offset, Tensor):  # data, which may say anything
             offset = offset.clamp(min=0).clamp(max=measured.key_length - measured.query_length)
         return tuple(
@@ -119,19 +119,21 @@ def insert_mask_check(
     return nodes[0]
 
 
-def _find_offset(mask: ElementFunction, captures: Sequence[Any], sizes: AttentionSizes, device: torch.device) -> Tensor:
+def _find_offset(
+    mask: ElementFunction, captures: Sequence[Any], sizes: AttentionSizes, num_asked: int, device: torch.device
+) -> Tensor:
     """Return the position of the first query among the keys under a mask that doesn't say it: () int64.
 
-    The last key that a query sees is taken for its own. The first and the last query are asked, one of which is no
-    padding.
+    The last key that a query sees is taken for its own, unless it is padding: then an earlier one is the last, or
+    none. So some queries are asked, evenly spread, the first and the last among them, and the furthest key counts.
     """
     batch, heads, query_length, key_length = sizes
     key_index = torch.arange(key_length, device=device)
-    rows = torch.arange(2, device=device).unsqueeze(-1) * (query_length - 1)
+    rows = (torch.arange(num_asked, device=device) * (query_length - 1) // (num_asked - 1)).unsqueeze(-1)
     batch_index = torch.arange(batch, device=device).view(-1, 1, 1, 1)
     head_index = torch.arange(heads, device=device).view(-1, 1, 1)
-    visible = mask.module(batch_index, head_index, rows, key_index, *captures).expand(batch, heads, 2, key_length)
-    last_key = torch.where(visible, key_index, -1).amax((0, 1, 3))
+    visible = mask.module(batch_index, head_index, rows, key_index, *captures)
+    last_key = torch.where(visible.expand(batch, heads, num_asked, key_length), key_index, -1).amax((0, 1, 3))
     offset: Tensor = torch.where(last_key >= 0, last_key - rows.squeeze(-1), -1).amax()
     return torch.where(offset >= 0, offset, key_length - query_length)
 

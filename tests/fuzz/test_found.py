@@ -108,6 +108,30 @@ def test_a_chunk_under_a_given_mask_reaches_gamma_though_keys_follow_that_no_que
     assert (shares >= 0.8).all()
 
 
+@torch.no_grad()
+def test_a_prompt_padded_on_both_sides_under_a_given_mask_selects_alone_what_it_selects_in_a_batch() -> None:
+    def attend(query: Tensor, key: Tensor, value: Tensor, buffer: Tensor, first: Tensor, last: Tensor) -> Tensor:
+        column = torch.arange(key.shape[2])
+        is_token = (column >= first[:, None, None, None]) & (column <= last[:, None, None, None])
+        mask = buffer[START : START + query.shape[2], : key.shape[2]] & is_token
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    query, key, value = (x.repeat(2, 1, 1, 1) for x in qkv(LENGTH, START + LENGTH))
+    first, last = torch.tensor([START + 6, 0]), torch.tensor([START + LENGTH - 12, START + LENGTH])
+    buffer = torch.ones(START + LENGTH, START + LENGTH, dtype=torch.bool).tril()
+    computed: list[Tensor] = []
+
+    def record(query: Tensor, key: Tensor, *others: Any) -> tuple[Tensor, None, None]:
+        computed.append(check_tables(find_allowed(query, key, others[2], others[6]), others[2], is_dense=False))
+        return query, None, None
+
+    for rows in (slice(None), slice(1)):
+        with without_code_generation(attend=record):
+            compiled = torch.compile(attend, backend=FlexPrefillBackend(), dynamic=False, options=OPTIONS)
+            compiled(query[rows], key[rows], value[rows], buffer, first[rows], last[rows])
+    assert torch.equal(computed[0][0], computed[1][0])
+
+
 @pytest.mark.parametrize("offset", [-3, START, START + 9, 10_000])
 @torch.no_grad()
 def test_an_offset_that_is_data_may_be_any(offset: int) -> None:
