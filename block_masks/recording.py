@@ -9,22 +9,22 @@ from torch import Tensor
 
 from .layout import BlockTables, compute_density
 
-_recordings: list[list[Tensor]] = []
+_recordings: dict[int, list[Tensor]] = {}  # by identity: two that began together are equal
 
 
 @contextlib.contextmanager
 def record_densities() -> Iterator[list[Tensor]]:
-    """Collect the density of every selection made meanwhile, in the order of the attention calls.
+    """Collect the density of every selection made meanwhile, by any thread, in the order of the attention calls.
 
     A density is a (B, H) float tensor, the share of the blocks under its mask that a head computes, on the device of
     the selection. No GPU sync. Replayed CUDA graphs run no Python and are not recorded.
     """
     recording: list[Tensor] = []
-    _recordings.append(recording)
+    _recordings[id(recording)] = recording
     try:
         yield recording
     finally:
-        _recordings.remove(recording)
+        del _recordings[id(recording)]
 
 
 def record(tables: BlockTables, possible: Tensor | None = None) -> None:
@@ -36,5 +36,5 @@ def record(tables: BlockTables, possible: Tensor | None = None) -> None:
     """
     if _recordings:
         density = compute_density(tables, possible)
-        for recording in _recordings:
+        for recording in tuple(_recordings.values()):
             recording.append(density)
