@@ -9,6 +9,7 @@ operators that it calls.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,7 +85,7 @@ def export_report(program: ExportedProgram) -> RewriteReport:
 
 
 def _check_options(options: Mapping[str, Any] | None) -> SparsePrefillConfig:
-    """Check the options of an export.
+    """Check the options of an export; FlexAttention's kernel is Triton's.
 
     Raises:
         InvalidOptionError: One is unknown, out of range or has no meaning here.
@@ -94,7 +95,9 @@ def _check_options(options: Mapping[str, Any] | None) -> SparsePrefillConfig:
         raise InvalidOptionError("max_density must be None or 1 in an exported program: it has no dense branch")
     if config.sequence_parallel is not None:
         raise InvalidOptionError("sequence_parallel can't be exported: compile the model on each rank instead")
-    return config
+    if config.kernel_backend == "flash":
+        raise InvalidOptionError('kernel_backend "flash" can\'t be exported: AOTInductor does not package its kernels')
+    return dataclasses.replace(config, kernel_backend="triton")
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:

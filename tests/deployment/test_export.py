@@ -224,6 +224,8 @@ def test_mistakes_are_one_clear_error() -> None:
         export(F.relu, x)  # type: ignore[arg-type]
     with pytest.raises(InvalidOptionError, match="gama"):
         export(TwoLayers(), x, options={"gama": 1})
+    with pytest.raises(InvalidOptionError, match=r'"flash" can\'t be exported'):
+        export(TwoLayers(), x, options={"kernel_backend": "flash"})
     with pytest.raises(InvalidOptionError, match="max_density"):
         export(TwoLayers(), x, options={"max_density": 0.5})
     with pytest.raises(UsageError, match="no report"):
