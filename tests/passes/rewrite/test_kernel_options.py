@@ -25,11 +25,15 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tensors(
-    head_dim: int = 128, value_dim: int | None = None, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+    head_dim: int = 128,
+    value_dim: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    length: int = 16384,
 ) -> list[Tensor]:
     with FakeTensorMode():
         return [
-            torch.empty(1, 2, 256, dim, dtype=dtype, device=device)
+            torch.empty(1, 2, length, dim, dtype=dtype, device=device)
             for dim in (head_dim, head_dim, value_dim or head_dim)
         ]
 
@@ -47,6 +51,7 @@ def test_flash_runs_where_it_fits() -> None:
         ({"value_dim": 64}, {}, "head dimensions [64, 128], not one of [64, 128]"),
         ({"dtype": torch.float32}, {}, "dtype torch.float32"),
         ({"device": "cpu"}, {}, "device cpu"),
+        ({"length": 8192}, {}, "fewer than 16384 keys, for which Triton's calls take less of the host"),
         ({}, {"block_size": 64}, "block_size 64, not 128"),
         ({}, {"max_budget": 2048}, "max_budget, which narrows the tables"),
         ({}, {"kernel_backend": "triton"}, "kernel_backend is triton"),
@@ -57,6 +62,11 @@ def test_elsewhere_triton_does(tensor_options: dict[str, Any], options: dict[str
     config = SparsePrefillConfig(**options)
     assert refuse_flash(config, *tensors(**tensor_options), is_plain=True) == reason
     assert "BACKEND" not in choose_kernel_options(config, *tensors(**tensor_options), is_plain=True)
+
+
+def test_short_prompts_run_by_flash_if_asked() -> None:
+    config = SparsePrefillConfig(kernel_backend="flash")
+    assert choose_kernel_options(config, *tensors(length=8192), is_plain=True) == {"BACKEND": "FLASH"}
 
 
 def test_a_mask_keeps_triton() -> None:
