@@ -44,9 +44,9 @@ GRAPH_LENGTHS = (200, 640, 1024, 1500, 2048)
 NUM_LAYERS = 2
 THREADS, TURNS_BETWEEN_THREADS = 3, 4
 # For each of two models, with a batch of one or more, with a mask or without: first chunks that are short or long, and
-# later ones of one token, of a few, of a short prompt or of a long one. Half as many again for sizes that dynamo took
-# for constants before it saw them change.
-MOST_GRAPHS = 2 * 2 * 2 * 6 * 3 // 2
+# later ones of one token, of a few, of a short prompt or of a long one. Twice as many, for sizes and strides of the
+# cache that dynamo took for constants before it saw them change.
+MOST_GRAPHS = 2 * 2 * 2 * 6 * 2
 # For each model, length, batch, with a mask or without: whole, a first half or a second one. Twice: a CUDA graph of a
 # second half belongs to that of its first half, and both are recorded anew where dynamo made a new graph.
 MOST_RECORDINGS = 2 * 2 * len(GRAPH_LENGTHS) * 2 * 2 * 3
