@@ -93,7 +93,7 @@ class Soak:
         self.eager = create_model(seed).to(device, dtype)
         settings = {"min_length": MIN_LENGTH, "triton.cudagraphs": has_graphs}
         self.dense, self.sparse = (
-            torch.compile(self.eager, backend="flexprefill", options=settings | options)
+            torch.compile(self.eager, backend="flexprefill", dynamic=not has_graphs, options=settings | options)
             for options in ({"gamma": 1.0}, {"min_budget": 128})
         )
         lengths = GRAPH_LENGTHS if has_graphs else None

@@ -80,12 +80,16 @@ def _draw_chunks(draw: random.Random, length: int, *, is_free: bool) -> tuple[in
 
 
 def prefill(model: nn.Module | Callable[..., Any], prompt: Prompt) -> Tensor:
-    """Return the logits of a prompt, (B, S, vocabulary), from its chunks."""
+    """Return the logits of a prompt, (B, S, vocabulary), from its chunks.
+
+    They are tensors of their own, as a server's are: of a slice, dynamo guards how its strides relate to its sizes.
+    """
     torch.compiler.cudagraph_mark_step_begin()
     cache, stop, logits = DynamicCache(), 0, []
     for length in prompt.chunks:
         start, stop = stop, stop + length
-        mask = None if prompt.mask is None else prompt.mask[:, :stop]
-        output = model(prompt.tokens[:, start:stop], attention_mask=mask, past_key_values=cache, use_cache=True)
+        tokens = prompt.tokens[:, start:stop].contiguous()
+        mask = None if prompt.mask is None else prompt.mask[:, :stop].contiguous()
+        output = model(tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
         logits.append(output.logits.clone())
     return torch.cat(logits, 1)
