@@ -78,7 +78,7 @@ MISTAKES_BY_COMMAND = [
         ["--tokens", "1024", "--min-budget", "1024"],
         "min_budget 1024 computes every block of a prompt of up to ",
     ),
-    ("demo", ["--tokens", "768"], "min_budget 512 computes every block of a prompt of up to 768 tokens, got 768"),
+    ("demo", ["--tokens", "768"], "min_budget 768 computes every block of a prompt of up to 1024 tokens, got 768"),
     ("demo", ["--policy", "/nowhere.json"], "/nowhere.json holds no policy"),
     ("evaluate", ["--json", "/nowhere/a.json"], "can't write /nowhere/a.json"),
     (

@@ -44,7 +44,7 @@ def test_a_text_that_turns_out_too_short_is_refused_before_the_first_prefill(
     (tmp_path / "text.txt").write_text(TEXT[:400])
     monkeypatch.setattr("torch.compile", lambda *_, **__: pytest.fail("the run has begun"))
     assert main(["demo", "--model", str(model_folder), "--text", str(tmp_path / "text.txt")]) == 2
-    assert re.match(r"(min_budget 512 computes every block|the text must be of two blocks)", one_sentence(capsys))
+    assert re.match(r"(min_budget 768 computes every block|the text must be of two blocks)", one_sentence(capsys))
 
 
 def test_the_demo_says_why_attention_stayed_dense() -> None:
