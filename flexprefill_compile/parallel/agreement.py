@@ -1,7 +1,8 @@
 """Before ranks exchange anything, find out whether they run the same graph on stretches of the same length.
 
-Else a collective would hang, or mix up what it sends. The ranks compare three numbers a call; on GPUs the host waits
-for them once, before the first layer.
+Else a collective would hang, or mix up what it sends. The ranks compare four numbers a call; on GPUs the host waits
+for them once, before the first layer. One of the four sums up what earlier chunks left in the cache: every rank must
+have the same.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def agree_first(
     calls: Sequence[str],
     length: Any,
     example_inputs: Sequence[Any],
+    past: Sequence[int] = (),
 ) -> Callable[..., Any]:
     """Return a compiled graph that compares itself with those of the other ranks each time, before it runs.
 
@@ -41,26 +43,35 @@ def agree_first(
         calls: The attention calls of the graph, by name.
         length: Of the stretch, in tokens: a number, or a symbol of the graph's inputs.
         example_inputs: The inputs that the graph was compiled for.
+        past: Which of them hold keys and values of earlier chunks.
     """
     options, graph = _digest(_describe_options(config)), _digest(calls)
     read_length = _find_length(length, example_inputs)
 
     def run(*args: Any) -> Any:
-        compare_ranks(group, options, graph, read_length(args))
+        compare_ranks(group, options, graph, read_length(args), [args[place] for place in past])
         return compiled(*args)
 
     return run
 
 
-def compare_ranks(group: RankGroup, options: int, graph: int, length: int) -> None:
+def compare_ranks(group: RankGroup, options: int, graph: int, length: int, past: Sequence[Tensor] = ()) -> None:
     """Compare what this rank is about to run with what the others are.
+
+    Args:
+        group: The ranks.
+        options: A digest.
+        graph: A digest.
+        length: Of the stretch.
+        past: Keys and values of earlier chunks, which are read once.
 
     Raises:
         RanksDisagreeError: On every rank, with the same sentence; or a rank didn't come.
     """
     process_group = find_process_group(group.name)
     device = torch.device("cuda" if "nccl" in dist.get_backend(process_group) else "cpu")
-    own = torch.tensor([options, graph, length], device=device)
+    numbers = torch.tensor([options, graph, length], device=device)
+    own = torch.cat([numbers, _sum_bits(past).to(device)])
     gathered = [torch.empty_like(own) for _ in range(group.size)]
     try:
         dist.all_gather(gathered, own, group=process_group)
@@ -70,7 +81,7 @@ def compare_ranks(group: RankGroup, options: int, graph: int, length: int) -> No
         raise RanksDisagreeError(
             f"sequence_parallel: not every rank of the {group.size} came to this prefill: {first}"
         ) from None
-    all_options, all_graphs, all_lengths = zip(*rows, strict=True)
+    all_options, all_graphs, all_lengths, all_pasts = zip(*rows, strict=True)
     if len(set(all_options)) > 1:
         raise RanksDisagreeError("sequence_parallel: the ranks have different options; give all of them the same")
     if len(set(all_graphs)) > 1:
@@ -82,6 +93,18 @@ def compare_ranks(group: RankGroup, options: int, graph: int, length: int) -> No
             f"sequence_parallel: the ranks hold stretches of {', '.join(map(str, all_lengths))} tokens; they must be "
             "equal: pad the prompt to a multiple of the ranks"
         )
+    if len(set(all_pasts)) > 1:
+        raise RanksDisagreeError(
+            "sequence_parallel: the ranks have different keys and values of earlier chunks; "
+            "call gather_cache after each"
+        )
+
+
+def _sum_bits(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a number that differs where tensors do: int64, (1,), on their device."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [number * x.view(bits[x.itemsize]).sum(dtype=torch.int64) for number, x in enumerate(tensors, start=1)]
+    return torch.stack(sums).sum(0, keepdim=True) if sums else torch.zeros(1, dtype=torch.int64)
 
 
 def _describe_options(config: SparsePrefillConfig) -> object:

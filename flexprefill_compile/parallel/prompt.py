@@ -56,20 +56,22 @@ def broadcast_last(x: Tensor, group: Any, dim: int = 1) -> Tensor:
     """
     ranks = _resolve(group)
     process_group = find_process_group(ranks.name)
-    last = x.narrow(dim, -1, 1).contiguous()
+    last = x.narrow(dim, -1, 1).clone(memory_format=torch.contiguous_format)  # not the caller's own
     dist.broadcast(last, dist.get_global_rank(process_group, ranks.size - 1), group=process_group)
     return last
 
 
-def gather_cache(cache: CacheT, group: Any) -> CacheT:
-    """Give every rank the keys and values of the whole prompt, so that each can decode by itself.
+def gather_cache(cache: CacheT, group: Any, past: int = 0) -> CacheT:
+    """Give every rank the keys and values of the whole prompt, so that each can decode, or take the next chunk.
 
     Args:
-        cache: A Hugging Face ``DynamicCache``, changed in place, or a sequence of (key, value), (B, Hkv, S/n, D) each.
+        cache: A Hugging Face ``DynamicCache``, changed in place, or a sequence of (key, value),
+            (B, Hkv, past + S/n, D) each.
         group: As the option ``sequence_parallel`` takes it.
+        past: How many tokens of it every rank had before this chunk.
 
     Returns:
-        The cache, (B, Hkv, S, D) in each layer.
+        The cache, (B, Hkv, past + S, D) in each layer.
 
     Raises:
         InvalidOptionError: It is another kind of cache, or a layer of it keeps the last tokens only.
@@ -79,11 +81,11 @@ def gather_cache(cache: CacheT, group: Any) -> CacheT:
     if layers is not None:
         for number, layer in enumerate(layers):
             _check_layer(number, layer)
-            layer.keys, layer.values = (_gather(x, ranks) for x in (layer.keys, layer.values))
+            layer.keys, layer.values = (_gather(x, ranks, past) for x in (layer.keys, layer.values))
         return cache
     if not isinstance(cache, Sequence):
         raise InvalidOptionError(f"cache must be a DynamicCache or a sequence of (key, value), got {cache!r}")
-    gathered: Any = type(cache)(tuple(_gather(x, ranks) for x in pair) for pair in cache)  # type: ignore[call-arg]
+    gathered: Any = type(cache)(tuple(_gather(x, ranks, past) for x in pair) for pair in cache)  # type: ignore[call-arg]
     return gathered  # type: ignore[no-any-return]
 
 
@@ -93,10 +95,11 @@ def _check_layer(number: int, layer: Any) -> None:
         raise InvalidOptionError(f"layer {number} of the cache is a {type(layer).__name__}, not a DynamicLayer")
 
 
-def _gather(x: Tensor, ranks: RankGroup) -> Tensor:
-    stretches = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks.size)]
-    dist.all_gather(stretches, x.contiguous(), group=find_process_group(ranks.name))
-    return torch.cat(stretches, dim=-2)
+def _gather(x: Tensor, ranks: RankGroup, past: int) -> Tensor:
+    earlier, own = x[..., :past, :], x[..., past:, :].contiguous()
+    stretches = [torch.empty_like(own) for _ in range(ranks.size)]
+    dist.all_gather(stretches, own, group=find_process_group(ranks.name))
+    return torch.cat([earlier, *stretches], dim=-2)
 
 
 def _resolve(group: Any) -> RankGroup:

@@ -67,6 +67,12 @@ def gather(insert: Insert, x: Node, dim: int, group: RankGroup) -> Node:
     return insert(torch.ops.aten.to.dtype, joined, dtype) if dtype == torch.bool else joined
 
 
+def own_heads(insert: Insert, x: Node, group: RankGroup, dim: int = 1) -> Node:
+    """Insert what takes this rank's heads of a tensor with all heads, a multiple of the ranks."""
+    count = int(example_of(x).shape[dim]) // group.size
+    return insert(torch.narrow, x, dim, group.rank * count, count)
+
+
 def repeat_key_heads(insert: Insert, x: Node, group: RankGroup) -> Node:
     """Insert the repetition of key heads with which each rank gets those that its query heads need, as few as can be.
 

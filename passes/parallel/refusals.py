@@ -72,10 +72,8 @@ def check_call(node: Node, arguments: dict[str, Any], group: RankGroup) -> None:
         raise refuse(node, f"query heads aren't a multiple of key heads: {shapes}")
     if num_heads % group.size:
         raise refuse(node, f"its {num_heads} query heads can't be shared evenly by {group.size} ranks")
-    if not guard_or_false(query.shape[2] == key.shape[2]):
-        raise refuse(
-            node, f"{query.shape[2]} queries and {key.shape[2]} keys; a rank needs the keys of its own stretch alone"
-        )
+    if guard_or_false(example_of(arguments["is_causal"])) and not guard_or_false(query.shape[2] == key.shape[2]):
+        raise refuse(node, "is_causal counts its queries from the first key, which a later chunk's don't start at")
 
 
 def is_decode(arguments: dict[str, Any]) -> bool:

@@ -8,8 +8,9 @@ becomes
     pads = all_gather(pad): (B, S)
     mask = (arange(S) <= arange(S)[:, None]) & pads[:, None, None]
 
-What it starts from is gathered along its tokens, and sizes are multiplied. That is right if a mask says of each pair of
-tokens the same whatever the length: both masks are lifted, and their formulas have to be equal.
+What it starts from is gathered along its tokens, and sizes are multiplied; of earlier chunks every rank knows all.
+That is right if a mask says of each pair of tokens the same whatever the length: both masks are lifted, and their
+formulas have to be equal.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.fx.node import map_arg
 
 from flexprefill_compile.settings.config import SparsePrefillConfig
 from flexprefill_compile.settings.rank_groups import RankGroup
-from flexprefill_compile.torch_internals import is_parameter, statically_known_true
+from flexprefill_compile.torch_internals import guard_or_false, is_parameter, statically_known_true
 
 from ..graph.nodes import example_of
 from ..graph.trace import IS_INPUT, ancestors_of
@@ -33,6 +34,7 @@ from ..lift.elements import ElementFunction
 from ..lift.lifted_site import LiftedSite, lift_site
 from ..match.site import AttentionSite
 from ..rewrite.insertion import Insert, start_inserting
+from .earlier_chunks import Lengths
 from .exchange import gather
 from .positions import name_operation
 from .refusals import refuse
@@ -67,24 +69,24 @@ class WholeMasks:
         self._graph = graph
         self._config = config
         self._group = group
-        self._inputs: dict[Node, Node] = {}
+        self._inputs: dict[tuple[Node, str], Node] = {}
         self._masks: dict[Node, Node] = {}
         self._checked: set[Node] = set()
 
-    def compute(self, mask: Node, call: Node, length: Any) -> Node:
-        """Return the mask of a call for the whole prompt: (B|1, H|1, S, S) for one of (B|1, H|1, S/n, S/n).
+    def compute(self, mask: Node, call: Node, lengths: Lengths) -> Node:
+        """Return the mask of a call for the whole prompt: (B|1, H|1, S, P + S) for one of (B|1, H|1, S/n, P + S/n).
 
         Args:
             mask: As the model gives it.
             call: The attention, before which the graph is inserting.
-            length: S/n.
+            lengths: Of its queries and keys.
 
         Raises:
             SequenceParallelError: The mask can't be computed from what is known of it.
         """
         if mask not in self._masks:
             insert = start_inserting(self._graph, call)
-            self._masks[mask] = _Widening(self._group, length, insert, call, self._inputs).widen(mask)
+            self._masks[mask] = _Widening(self._group, lengths, insert, call, self._inputs).widen(mask)
         return self._masks[mask]
 
     def check(self, mask: Node, stretch: AttentionSite, whole: AttentionSite) -> None:
@@ -114,9 +116,16 @@ class WholeMasks:
 class _Widening:
     """Copies what computes a mask, with the sizes of the whole prompt."""
 
-    def __init__(self, group: RankGroup, length: Any, insert: Insert, call: Node, inputs: dict[Node, Node]) -> None:
+    def __init__(
+        self,
+        group: RankGroup,
+        lengths: Lengths,
+        insert: Insert,
+        call: Node,
+        inputs: dict[tuple[Node, str], Node],
+    ) -> None:
         self.group = group
-        self.length = length
+        self.lengths = lengths
         self.insert = insert
         self.call = call
         self.inputs = inputs
@@ -127,46 +136,61 @@ class _Widening:
         for node in ancestors:
             copies[node] = self._widen_input(node) if _is_input(node) else self._copy(node, copies)
         whole: Node = copies[mask]
-        expected = [self._scale(size) for size in example_of(mask).shape]
+        expected = [self.lengths.widen(size) for size in example_of(mask).shape]
         if not _same_shape(example_of(whole).shape, expected):
             raise refuse(self.call, f"its mask comes out as {tuple(example_of(whole).shape)}, not {tuple(expected)}")
         return whole
 
     def _widen_input(self, node: Node) -> Node:
-        if node not in self.inputs:
+        key = node, str(example_of(self.lengths.past))
+        if key not in self.inputs:
             example = example_of(node)
             widened = self._widen_tensor(node, example) if isinstance(example, Tensor) else self._widen_size(node)
-            self.inputs[node] = widened
-        return self.inputs[node]
+            self.inputs[key] = widened
+        return self.inputs[key]
 
     def _widen_tensor(self, node: Node, example: Tensor) -> Node:
-        dims = [dim for dim, size in enumerate(example.shape) if self._is_length(size)]
-        if not dims or is_parameter(node):
+        if is_parameter(node):
+            return node
+        for size in example.shape:
+            # A mask of all keys comes with a symbol of its own: from here on it is known to be theirs.
+            guard_or_false(size == example_of(self.lengths.past) + example_of(self.lengths.stretch))
+        dims = [dim for dim, size in enumerate(example.shape) if self._hangs_on_the_stretch(size)]
+        if not dims:
             return node
         if len(dims) > 1:
             raise refuse(self.call, f"its mask is given for the stretch alone: {tuple(example.shape)}")
-        gathered = gather(self.insert, node, dims[0], self.group)
-        gathered.meta[IS_INPUT] = True
-        return gathered
+        (dim,) = dims
+        if self.lengths.is_stretch(example.shape[dim]):
+            widened = gather(self.insert, node, dim, self.group)
+        else:
+            past, own = self.lengths.past, self.lengths.stretch
+            earlier = self.insert(torch.narrow, node, dim, 0, past)
+            stretch = self.insert(torch.narrow, node, dim, past, own)
+            widened = self.insert(torch.cat, (earlier, gather(self.insert, stretch, dim, self.group)), dim)
+        widened.meta[IS_INPUT] = True
+        return widened
 
     def _widen_size(self, node: Node) -> Node:
         size = example_of(node)
-        if self._is_length(size):
+        if self.lengths.is_stretch(size):
             return self.insert(operator.mul, node, self.group.size)
-        own = getattr(getattr(self.length, "node", None), "expr", None)
+        if self.lengths.is_all_keys(size):
+            others = self.insert(operator.mul, self.lengths.stretch, self.group.size - 1)
+            return self.insert(operator.add, node, others)
+        stretch = example_of(self.lengths.stretch)
+        own = getattr(getattr(stretch, "node", None), "expr", None)
         if isinstance(size, SymInt) and own is not None and size.node.expr.free_symbols & own.free_symbols:
-            raise refuse(self.call, f"its mask needs the size {size}, of a stretch of {self.length} tokens")
+            raise refuse(self.call, f"its mask needs the size {size}, of a stretch of {stretch} tokens")
         return node
 
     def _copy(self, node: Node, copies: dict[Node, Any]) -> Node:
         takes_sizes = name_operation(node) in _TAKE_SIZES
         arguments, keywords = map_arg((node.args, node.kwargs), lambda n: copies[n])
         if takes_sizes:
-            arguments, keywords = _map_integers(self._scale, arguments), _map_integers(self._scale, keywords)
-        elif any(self._is_length(x) for x in (*node.args, *node.kwargs.values()) if isinstance(x, int)):
-            raise refuse(
-                self.call, f"a number in its mask, {self.length}, may be the length of the stretch; use dynamic=True"
-            )
+            arguments, keywords = (_map_integers(self.lengths.widen, values) for values in (arguments, keywords))
+        else:
+            self._check_numbers(node)
         copied = self.call.graph.create_node(node.op, node.target, arguments, keywords)
         copied.meta = {name: node.meta[name] for name in ("nn_module_stack", "stack_trace") if name in node.meta}
         values, named = map_arg((arguments, keywords), example_of)
@@ -183,11 +207,15 @@ class _Widening:
         copied.meta["example_value"] = example
         return copied
 
-    def _scale(self, size: Any) -> Any:
-        return size * self.group.size if self._is_length(size) else size
+    def _hangs_on_the_stretch(self, size: Any) -> bool:
+        return self.lengths.is_stretch(size) or self.lengths.is_all_keys(size)
 
-    def _is_length(self, size: Any) -> bool:
-        return not isinstance(size, bool) and statically_known_true(size == self.length)
+    def _check_numbers(self, node: Node) -> None:
+        """Raise where arithmetic has a number that may be one of the lengths."""
+        for number in (*node.args, *node.kwargs.values()):
+            if isinstance(number, int) and self._hangs_on_the_stretch(number):
+                what = "the length of the stretch" if self.lengths.is_stretch(number) else "the number of its keys"
+                raise refuse(self.call, f"a number in its mask, {number}, may be {what}; use dynamic=True")
 
 
 def _is_input(node: Node) -> bool:

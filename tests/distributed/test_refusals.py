@@ -42,6 +42,7 @@ def test_a_group_has_to_be_one(ranks: RankPool, value: Any, text: str) -> None:
         ("length", "the ranks hold stretches of 200, 196 tokens; they must be equal"),
         ("options", "the ranks have different options"),
         ("graph", "the ranks run different graphs"),
+        ("past", "the ranks have different keys and values of earlier chunks; call gather_cache after each"),
     ],
 )
 def test_ranks_that_disagree_all_say_so(ranks: RankPool, about: str, text: str) -> None:

@@ -9,13 +9,13 @@ from helpers.distributed import prefills
 from helpers.distributed.pool import RankPool
 
 
-def check(results: list[Any], *, is_sparse: bool) -> None:
+def check(results: list[Any], *, is_sparse: bool, num_calls: int = 2) -> None:
     for result in results:
         assert isinstance(result, dict), result
         assert result["error"] < 1e-5
         assert result["same_blocks"]
-        assert result["rewritten"] == 2
-        assert (result["density"] < 0.5) == is_sparse
+        assert result["rewritten"] == num_calls
+        assert (result["density"] < 0.95) == is_sparse
 
 
 def test_gamma_1_is_dense_attention(ranks: RankPool) -> None:
@@ -31,7 +31,9 @@ def test_selection_is_that_of_one_process_with_a_gamma_for_each_head(ranks: Rank
 
 
 @pytest.mark.parametrize(("kind", "dynamic"), [("causal", False), ("padding", True), ("packing", False)])
-def test_a_hugging_face_model_with_padding_and_packing_then_a_token(ranks: RankPool, kind: str, dynamic: bool) -> None:
+def test_a_hugging_face_model_in_chunks_with_padding_and_packing_then_a_token(
+    ranks: RankPool, kind: str, dynamic: bool
+) -> None:
     results = ranks.run(prefills.spread_llama, kind, dynamic)
-    check(results, is_sparse=True)
+    check(results, is_sparse=True, num_calls=2 if kind == "packing" else 4)
     assert all(result["decode_error"] < 1e-5 for result in results)

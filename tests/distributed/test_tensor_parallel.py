@@ -26,7 +26,7 @@ def test_a_policy_means_the_heads_and_layers_of_the_whole_model(
 ) -> None:
     policy = Policy(MODEL, {1: LayerPolicy(gamma=GAMMAS)})
     options = {"policy": policy, "gamma": 0.5, "dense_layers": dense_layers}
-    for result in ranks.run(prefills.shard_transformers, folder, options, size=size):
+    for result in ranks.run(prefills.shard_transformers, folder, options, not dense_layers, size=size):
         assert isinstance(result, dict), result
         assert result["rewritten"] == [0 not in dense_layers, True]
         assert result["error"] < 1e-5

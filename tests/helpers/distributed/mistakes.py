@@ -65,6 +65,26 @@ def lengthwise_window(x: Tensor) -> Tensor:
     return (distance >= 0) & (distance * 2 < x.shape[1])
 
 
+def attend_after(past: Tensor, *, is_causal: bool = False) -> Callable[[Tensor], Tensor]:
+    """Return attention over keys of earlier chunks, (1, 4, P, 16), and the input's own."""
+
+    def attend(x: Tensor) -> Tensor:
+        query = x.unflatten(-1, (4, 16)).transpose(1, 2)
+        key = torch.cat((past, query), 2)
+        position = torch.arange(x.shape[1])[:, None] + past.shape[2]
+        mask = None if is_causal else position >= torch.arange(key.shape[2])
+        return F.scaled_dot_product_attention(query, key, key, attn_mask=mask, is_causal=is_causal)
+
+    return attend
+
+
+def attend_to_copies(x: Tensor) -> Tensor:
+    query = x.unflatten(-1, (4, 16)).transpose(1, 2)
+    key = torch.cat((query.sin(), query), 2)
+    mask = torch.arange(x.shape[1])[:, None] + x.shape[1] >= torch.arange(key.shape[2])
+    return F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+
+
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "arange": LocalPositions("arange"),
     "getitem": LocalPositions("slice"),
@@ -73,6 +93,9 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "isn't causal": attend_both_ways,
     "3 query heads": attend_with_heads,
     "may be the length of the stretch": attend_under(lengthwise_window),
+    "200 queries after as many keys of earlier chunks": attend_after(torch.zeros(1, 4, 200, 16)),
+    "is_causal counts its queries from the first key": attend_after(torch.zeros(1, 4, 72, 16), is_causal=True),
+    "200 queries and 400 keys, not those of a DynamicCache": attend_to_copies,
 }
 
 
@@ -97,7 +120,7 @@ def refuse_option(value: Any) -> str:
 
 
 def disagree(about: str) -> str:
-    """Let the second rank come with another length, other options or another model."""
+    """Let the second rank come with another length, other options, another model or other keys of earlier chunks."""
     is_odd = dist.get_rank() == 1
     model: Callable[[Tensor], Tensor] = TwoLayers().eval()
     length = 196 if is_odd and about == "length" else 200
@@ -108,6 +131,8 @@ def disagree(about: str) -> str:
     }
     if is_odd and about == "graph":
         model = model.layers[0]  # type: ignore[attr-defined]
+    if about == "past":
+        model = attend_after(torch.full((1, 4, 72, 16), float(is_odd)))
     return _message(model, torch.randn(1, length, 64), options)
 
 

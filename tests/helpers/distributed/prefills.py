@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -19,10 +21,11 @@ from flexprefill_compile.block_masks import masked_prefill, prefill
 from flexprefill_compile.block_masks.layout import unpack_blocks
 from flexprefill_compile.parallel import broadcast_last, gather_cache, take_stretch
 
+from ..checked_attention import without_code_generation
 from ..models import TwoLayers
 
 OPTIONS: dict[str, Any] = {"block_size": 32, "min_budget": 0, "min_length": 64}
-LENGTH = 384
+LENGTH, CHUNK = 384, 160
 VOCABULARY = 128
 
 
@@ -42,13 +45,22 @@ def recorded_blocks() -> Iterator[list[Tensor]]:
         yield blocks
 
 
-def compile_and_run(model: Callable[..., Any], options: dict[str, Any], **settings: Any) -> Callable[..., Any]:
-    """Return a function that compiles and calls the model, and returns its output, its blocks and its report."""
+def compile_and_run(
+    model: Callable[..., Any], options: dict[str, Any], *, has_code: bool = False, **settings: Any
+) -> Callable[..., Any]:
+    """Return a function that compiles and calls the model, and returns its output, its blocks and its report.
+
+    Args:
+        model: What to compile.
+        options: Of the backend, beside ``OPTIONS``.
+        has_code: Whether inductor generates code; else the rewritten graph runs as it is, its tables checked.
+        **settings: Of ``torch.compile``.
+    """
 
     def run(*args: Any, **kwargs: Any) -> tuple[Any, list[Tensor], Any]:
         torch.compiler.reset()
         backend = FlexPrefillBackend()
-        with recorded_blocks() as blocks:
+        with recorded_blocks() as blocks, nullcontext() if has_code else without_code_generation(is_dense=False):
             output = torch.compile(model, backend=backend, options=OPTIONS | options, **settings)(*args, **kwargs)
         return output, blocks, backend.report
 
@@ -70,9 +82,10 @@ def gather_heads(blocks: list[Tensor], group: Any = None) -> list[Tensor]:
 
 
 def compare(actual: Tensor, expected: Tensor, blocks: list[Tensor], expected_blocks: list[Tensor]) -> dict[str, Any]:
-    """Return what a test asserts of a prefill on ranks."""
+    """Return what a test asserts of a prefill on ranks; its density is that of the blocks that a causal mask allows."""
     same = len(blocks) == len(expected_blocks) and all(map(torch.equal, blocks, expected_blocks))
-    density = torch.cat([b.flatten() for b in blocks]).float().mean().item() if blocks else 1.0
+    causal = [torch.ones_like(own).tril(own.shape[-1] - own.shape[-2]) for own in blocks]
+    density = sum(int(own.sum()) for own in blocks) / sum(int(own.sum()) for own in causal) if blocks else 1.0
     return {"error": (actual - expected).abs().max().item(), "same_blocks": same, "density": density}
 
 
@@ -81,8 +94,9 @@ def spread_layers(gamma: Any, dynamic: bool) -> dict[str, Any]:
     world = dist.group.WORLD
     model, x = TwoLayers().eval(), torch.randn(1, LENGTH, 64)
     options = {"gamma": gamma}
-    expected, expected_blocks = on_first_rank(lambda: compile_and_run(model, options, dynamic=dynamic)(x)[:2])
-    run = compile_and_run(model, options | {"sequence_parallel": world}, dynamic=dynamic)
+    settings = {"has_code": True, "dynamic": dynamic}
+    expected, expected_blocks = on_first_rank(lambda: compile_and_run(model, options, **settings)(x)[:2])
+    run = compile_and_run(model, options | {"sequence_parallel": world}, **settings)
     actual, blocks, report = run(take_stretch(x, world))
     result = compare(actual, take_stretch(expected, world), gather_heads(blocks), expected_blocks)
     return result | {"rewritten": report.num_rewritten, "keys": report.sites[0].shapes.key}
@@ -110,33 +124,51 @@ def create_prompt(kind: str) -> dict[str, Tensor]:
     return inputs
 
 
+def cut_chunk(inputs: dict[str, Tensor], start: int, stop: int, group: Any = None) -> dict[str, Tensor]:
+    """Return the inputs of a chunk, or of this rank's stretch of it; a padding mask covers the earlier chunks too."""
+    chunk = {name: x[:, start:stop] for name, x in inputs.items()}
+    if group is not None:
+        chunk = {name: take_stretch(x, group) for name, x in chunk.items()}
+    if "attention_mask" in chunk:
+        chunk["attention_mask"] = torch.cat([inputs["attention_mask"][:, :start], chunk["attention_mask"]], 1)
+    return chunk
+
+
 def spread_llama(kind: str, dynamic: bool) -> dict[str, Any]:
-    """Prefill a Hugging Face model, gather its cache, and decode a token on every rank."""
+    """Prefill a Hugging Face model in two chunks, gather its cache, and decode a token on every rank."""
     from transformers import DynamicCache  # noqa: PLC0415
 
     world, model, inputs = dist.group.WORLD, create_llama(), create_prompt(kind)
-    # With a cache transformers looks for no packed sequences in the positions.
-    cache = None if kind == "packing" else DynamicCache()
-    options = {"gamma": 0.7}
+    # With a cache transformers looks for no packed sequences in the positions. Without one there are no chunks.
+    has_cache = kind != "packing"
+    ends = (0, CHUNK, LENGTH) if has_cache else (0, LENGTH)
 
-    def run_whole() -> tuple[Tensor, list[Tensor], Tensor | None]:
-        whole_cache = None if kind == "packing" else DynamicCache()
-        run = compile_and_run(model, options, dynamic=dynamic)
-        output, blocks, _ = run(**inputs, past_key_values=whole_cache, use_cache=cache is not None)
-        return output.logits, blocks, decode(model, output.logits[:, -1:], whole_cache, inputs)
+    def run_chunks(group: Any) -> tuple[list[Tensor], list[Tensor], Tensor | None, int]:
+        cache = DynamicCache() if has_cache else None
+        run = compile_and_run(model, {"gamma": 0.7, "sequence_parallel": group}, dynamic=dynamic)
+        logits, blocks, num_rewritten = [], [], 0
+        for start, stop in itertools.pairwise(ends):
+            chunk = cut_chunk(inputs, start, stop, group)
+            output, own, report = run(**chunk, past_key_values=cache, use_cache=has_cache)
+            logits.append(output.logits)
+            blocks += own
+            num_rewritten += report.num_rewritten
+            if group is not None and has_cache:
+                gather_cache(cache, group, past=start)
+        last = logits[-1][:, -1:] if group is None else broadcast_last(logits[-1], group)
+        return logits, blocks, decode(model, last, cache, inputs), num_rewritten
 
-    expected, expected_blocks, expected_decoded = on_first_rank(run_whole)
-    run = compile_and_run(model, options | {"sequence_parallel": world}, dynamic=dynamic)
-    stretch = {name: take_stretch(x, world) for name, x in inputs.items()}
-    output, blocks, report = run(**stretch, past_key_values=cache, use_cache=cache is not None)
-    counts = take_stretch(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])), world)[..., None]
-    result = compare(
-        output.logits * counts, take_stretch(expected, world) * counts, gather_heads(blocks), expected_blocks
-    )
-    last = broadcast_last(output.logits, world)
-    decoded = decode(model, last, gather_cache(cache, world) if cache is not None else None, inputs)
+    expected, expected_blocks, expected_decoded = on_first_rank(lambda: run_chunks(None)[:3])
+    logits, blocks, decoded, num_rewritten = run_chunks(world)
+    is_token = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[..., None]
+    pairs = [
+        (own * take_stretch(seen, world), take_stretch(whole * seen, world))
+        for own, whole, seen in zip(logits, expected, is_token.tensor_split(ends[1:-1], 1), strict=True)
+    ]
+    actual, whole = (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
+    result = compare(actual, whole, gather_heads(blocks), expected_blocks)
     decode_error = 0.0 if decoded is None else (decoded - expected_decoded).abs().max().item()
-    return result | {"rewritten": report.num_rewritten, "decode_error": decode_error}
+    return result | {"rewritten": num_rewritten, "decode_error": decode_error}
 
 
 def decode(model: Any, logits: Tensor, cache: Any, inputs: dict[str, Tensor]) -> Tensor | None:
@@ -150,17 +182,19 @@ def decode(model: Any, logits: Tensor, cache: Any, inputs: dict[str, Tensor]) ->
     return output.logits  # type: ignore[no-any-return]
 
 
-def shard_transformers(folder: str, options: dict[str, Any]) -> dict[str, Any]:
+def shard_transformers(folder: str, options: dict[str, Any], has_code: bool) -> dict[str, Any]:
     """Prefill a model that transformers shards over all ranks."""
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
     from transformers.distributed import DistributedConfig  # noqa: PLC0415
 
     world, tokens = dist.group.WORLD, create_prompt("causal")["input_ids"]
     whole = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
-    expected, expected_blocks = on_first_rank(lambda: _logits(compile_and_run(whole, options)(tokens)))
+    run = compile_and_run(whole, options, has_code=has_code)
+    expected, expected_blocks = on_first_rank(lambda: _logits(run(tokens)))
     sharding = DistributedConfig(tp_size=dist.get_world_size())
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", distributed_config=sharding).eval()
-    output, blocks, report = compile_and_run(model, options | {"tensor_parallel": world})(tokens)
+    run = compile_and_run(model, options | {"tensor_parallel": world}, has_code=has_code)
+    output, blocks, report = run(tokens)
     result = compare(output.logits, expected, gather_heads(blocks), expected_blocks)
     return result | {"rewritten": [site.rewritten for site in report.sites]}
 
