@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 from soak_laws import HEADERS, Record, find_faults, fit_slope, format_record, take_second_half
-from soak_prompts import Prompt, draw_prompts, prefill
+from soak_prompts import KINDS_OF_CHUNKS, Prompt, draw_prompts, prefill
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,10 +43,10 @@ MIN_LENGTH = 256
 GRAPH_LENGTHS = (200, 640, 1024, 1500, 2048)
 NUM_LAYERS = 2
 THREADS, TURNS_BETWEEN_THREADS = 3, 4
-# For each of two models, with a batch of one or more, with a mask or without: first chunks that are short or long, and
-# later ones of one token, of a few, of a short prompt or of a long one. Twice as many, for sizes and strides of the
-# cache that dynamo took for constants before it saw them change.
-MOST_GRAPHS = 2 * 2 * 2 * 6 * 2
+# For each of two models, a batch of one or more, with a mask or without: a first chunk of each kind; a later one of
+# each kind after one token or more, a short one after little or much. Twice as many: threads compile the same at once,
+# and dynamo tells apart lengths that happened to be equal when it compiled.
+MOST_GRAPHS = 2 * 2 * 2 * (len(KINDS_OF_CHUNKS) + 2 * (len(KINDS_OF_CHUNKS) + 1)) * 2
 # For each model, length, batch, with a mask or without: whole, a first half or a second one. Twice: a CUDA graph of a
 # second half belongs to that of its first half, and both are recorded anew where dynamo made a new graph.
 MOST_RECORDINGS = 2 * 2 * len(GRAPH_LENGTHS) * 2 * 2 * 3

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-SHORTEST, LONGEST, LONGEST_RUN = 16, 2048, 128
+LONGEST_RUN = 128
 FEWEST_IN_HALVES = 512
+# Lengths of a chunk that get graphs of their own: a token, fewer than a block, a short prompt, a long one.
+KINDS_OF_CHUNKS = ((1, 1), (2, 127), (128, 255), (256, 2048))
+HOW_OFTEN = (1, 1, 1, 3)
+MOST_CHUNKS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +45,15 @@ class Prompt:
 
 
 def draw_prompts(seed: int, device: str, lengths: Sequence[int] | None) -> Iterator[Prompt]:
-    """Draw prompts for ever: of any length up to ``LONGEST``, or of these lengths."""
+    """Draw prompts for ever: of chunks of each kind, or of these lengths, whole or in halves."""
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     while True:
         batch = draw.choice((1, 1, 2, 3) if lengths is None else (1, 2))
-        length = draw.choice(lengths) if lengths else draw.randint(SHORTEST, LONGEST)
+        chunks = _draw_chunks(draw) if lengths is None else _draw_halves(draw, draw.choice(lengths))
+        length = sum(chunks)
         tokens = torch.stack([_draw_runs(length, generator) for _ in range(batch)]).to(device)
-        yield Prompt(tokens, _draw_mask(draw, batch, length, device), _draw_chunks(draw, length, is_free=not lengths))
+        yield Prompt(tokens, _draw_mask(draw, batch, length, device), chunks)
 
 
 def _draw_runs(length: int, generator: torch.Generator) -> Tensor:
@@ -64,19 +69,20 @@ def _draw_mask(draw: random.Random, batch: int, length: int, device: str) -> Ten
         return None
     mask = torch.ones(batch, length, dtype=torch.int64)
     for row in mask:
-        padding = draw.randrange(length // 2)
+        padding = draw.randint(0, length // 2)
         row[:padding] = 0
         if side == "right":
             row.copy_(row.flip(0))
     return mask.to(device)
 
 
-def _draw_chunks(draw: random.Random, length: int, *, is_free: bool) -> tuple[int, ...]:
-    """Draw up to three chunks; if not free, halves or none."""
-    if not is_free:
-        return (length,) if length < FEWEST_IN_HALVES or draw.random() < 0.5 else (length // 2, length - length // 2)
-    ends = sorted({*draw.sample(range(1, length), draw.randrange(3)), length})
-    return tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+def _draw_chunks(draw: random.Random) -> tuple[int, ...]:
+    kinds = draw.choices(KINDS_OF_CHUNKS, HOW_OFTEN, k=draw.randint(1, MOST_CHUNKS))
+    return tuple(draw.randint(*kind) for kind in kinds)
+
+
+def _draw_halves(draw: random.Random, length: int) -> tuple[int, ...]:
+    return (length,) if length < FEWEST_IN_HALVES or draw.random() < 0.5 else (length // 2, length - length // 2)
 
 
 def prefill(model: nn.Module | Callable[..., Any], prompt: Prompt) -> Tensor:
