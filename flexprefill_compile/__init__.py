@@ -6,6 +6,7 @@ from flexprefill_compile import block_masks
 
 from .decorator import sparse_prefill
 from .deployment.export import export, export_report
+from .deployment.layers import compile_layers_once
 from .explain import explain
 from .integrations import register_transformers
 from .quality.audit.audit import audit
@@ -32,6 +33,7 @@ __all__ = [
     "audit",
     "block_masks",
     "calibrate",
+    "compile_layers_once",
     "explain",
     "export",
     "export_report",

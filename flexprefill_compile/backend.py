@@ -34,12 +34,12 @@ from .settings.device_defaults import (
 )
 from .torch_internals import (
     CONTROL_FLOW,
-    GraphSnapshot,
     compile_with_inductor,
     has_cuda_graphs,
     inductor_option_names,
     list_mode_options,
 )
+from .torch_internals.snapshot import GraphSnapshot
 
 logger = logging.getLogger(__name__)
 CompiledGraph = Callable[..., Any]

@@ -38,8 +38,16 @@ class GraphPass(abc.ABC):
 
 
 def graph_modules(graph_module: GraphModule) -> list[GraphModule]:
-    """Return the module and its child GraphModules: branches and bodies of higher-order ops."""
-    return [module for module in graph_module.modules() if isinstance(module, GraphModule)]
+    """Return the module and the child GraphModules that it uses: branches and bodies of higher-order ops.
+
+    Dynamo leaves graphs behind that nothing uses: of regions that it traced apart, then inlined.
+    """
+    found = [graph_module]
+    for module in found:  # which grows meanwhile
+        children = dict(module.named_modules())
+        used = (children.get(str(node.target)) for node in module.graph.nodes if node.op in ("get_attr", "call_module"))
+        found += [x for x in dict.fromkeys(used) if isinstance(x, GraphModule) and x not in found]
+    return found
 
 
 def count_calls(graph_module: GraphModule) -> Counter[GraphModule]:

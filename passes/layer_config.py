@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Sequence
 
 from torch.fx import GraphModule
 
@@ -29,6 +29,12 @@ def number_layer(name: str) -> int | None:
 def has_settings_by_layer(config: SparsePrefillConfig) -> bool:
     """Tell whether layers differ in their settings."""
     return bool(config.dense_layers) or isinstance(config.policy, Policy)
+
+
+def settings_of_layer(config: SparsePrefillConfig, layer: int | None) -> Hashable:
+    """Return what layers of equal settings have in common."""
+    own = config.policy.of_layer(layer) if isinstance(config.policy, Policy) and layer is not None else None
+    return layer in config.dense_layers, own
 
 
 def config_for_layer(config: SparsePrefillConfig, layer: int | None, num_heads: int) -> SparsePrefillConfig | None:
@@ -81,21 +87,22 @@ def _check_shard(expected: int, num_heads: int) -> None:
         )
 
 
-def check_layer_is_known(config: SparsePrefillConfig, name: str, layer: int | None, num_calls: int) -> None:
+def check_layers_are_known(config: SparsePrefillConfig, name: str, numbers: Sequence[int | None]) -> None:
     """Check that settings by layer reach the layer that they are meant for.
 
     Args:
         config: What holds.
         name: Of the attention.
-        layer: Its number, None if its name doesn't tell it.
-        num_calls: How often its graph is called.
+        numbers: Of the layers that call it, None where a name doesn't tell it.
 
     Raises:
         InvalidOptionError: There are settings by layer, and the attention may be that of any layer.
     """
-    if not has_settings_by_layer(config) or (layer is not None and num_calls == 1):
+    if not has_settings_by_layer(config) or (None not in numbers and len(set(numbers)) == len(numbers)):
         return
-    which = "there is no single layer number in its path" if layer is None else f"{num_calls} layers share its graph"
+    which = (
+        "there is no single layer number in its path" if None in numbers else f"{len(numbers)} layers share its graph"
+    )
     raise InvalidOptionError(
         f"settings by layer (dense_layers, policy) can't be given to attention call {name}: {which}; "
         "compile the whole model, not its layers one by one"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -15,7 +16,15 @@ from flexprefill_compile.settings.rank_groups import shard_heads
 
 from .base import GraphPass, count_calls, graph_modules
 from .graph.nodes import example_of
-from .layer_config import check_layer_is_known, check_number_of_layers, config_for_layer, number_layer
+from .graph.shared_layers import find_shared, split_shared
+from .layer_config import (
+    check_layers_are_known,
+    check_number_of_layers,
+    config_for_layer,
+    has_settings_by_layer,
+    number_layer,
+    settings_of_layer,
+)
 from .lift.lifted_site import LiftedMasks, LiftedSite, lift_site
 from .match.attention import match_attention
 from .match.site import AttentionSite
@@ -54,13 +63,17 @@ class SparsePrefillPass(GraphPass):
 
     def run(self, graph_module: GraphModule) -> None:
         """Rewrite the graph and its child graphs."""
+        split_layers(graph_module, self.config)
         layers = Layers(self.config, graph_module)
         for module in graph_modules(graph_module):
             sharing = MaskSharing(module, self.config.block_size)
             for node in list(module.graph.nodes):
                 found = find_attention(node, self.config, sharing.lifted, layers)
                 if found is not None:
-                    self.sites += [self._rewrite_site(found, sharing)] * layers.count_calls(module.graph)
+                    site = self._rewrite_site(found, sharing)
+                    self.sites += [
+                        dataclasses.replace(site, name=name) for name in layers.name_calls(site.name, module.graph)
+                    ]
         layers.check()
 
     def _rewrite_site(self, found: ConfiguredSite | Skipped, sharing: MaskSharing) -> Site:
@@ -95,27 +108,38 @@ class Layers:
         self.num_heads = 0
         self._graph_module = graph_module
         self._num_calls = {module.graph: count for module, count in count_calls(graph_module).items()}
+        self._paths = {child.graph: [call.path for call in calls] for child, calls in find_shared(graph_module).items()}
 
-    def count_calls(self, graph: Graph) -> int:
-        """Count how often one of the graphs runs."""
-        return self._num_calls.get(graph, 1)
+    def name_calls(self, name: str, graph: Graph) -> list[str]:
+        """Return the names of an attention, one for each time that its graph runs."""
+        paths = [path for path in self._paths.get(graph, ()) if path is not None]
+        count = self._num_calls.get(graph, 1)
+        if len(paths) < count or not name.startswith(paths[0]):
+            return [name] * count
+        return [path + name.removeprefix(paths[0]) for path in paths]
 
     def configure(self, match: AttentionSite | Skipped, graph: Graph) -> SparsePrefillConfig | None:
         """Return the settings of an attention of a graph, None if it stays dense."""
-        layer = number_layer(match.name)
-        self.met.append(layer)
+        numbers = [number_layer(name) for name in self.name_calls(match.name, graph)]
+        self.met += numbers
         if isinstance(match, Skipped):
             return None
-        check_layer_is_known(self.config, match.name, layer, self.count_calls(graph))
+        check_layers_are_known(self.config, match.name, numbers)
         num_heads = int(example_of(match.query).shape[1])
         self.num_heads = shard_heads(num_heads, self.config.tensor_parallel, self.config.sequence_parallel).total
-        return config_for_layer(self.config, layer, num_heads)
+        return config_for_layer(self.config, numbers[0], num_heads)
 
     def check(self) -> None:
         """Check a policy against all that was met."""
         layers = {layer for layer in self.met if layer is not None}
         if self.num_heads:  # of the skipped ones, the heads are not known
             check_number_of_layers(self.config, layers, self.num_heads, self._graph_module)
+
+
+def split_layers(graph_module: GraphModule, config: SparsePrefillConfig) -> None:
+    """Give layers of other settings graphs of their own, where layers share one."""
+    if has_settings_by_layer(config):
+        split_shared(graph_module, lambda path: settings_of_layer(config, number_layer(path)))
 
 
 def find_attention(
@@ -158,6 +182,7 @@ def _examples_of(lifted: LiftedSite) -> tuple[Tensor, Tensor, Tensor]:
 
 def find_signatures(graph_module: GraphModule, config: SparsePrefillConfig) -> list[object]:
     """Return the distinct signatures of the sites that the pass would rewrite, in the order of the graph."""
+    split_layers(graph_module, config)
     known: LiftedMasks = {}
     layers = Layers(config, graph_module)
     nodes = (node for module in graph_modules(graph_module) for node in module.graph.nodes)

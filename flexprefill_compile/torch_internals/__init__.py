@@ -31,7 +31,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.compiler import config as _compiler_config
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 from torch.nn.attention.flex_attention import _apply_kernel_options
@@ -42,7 +42,6 @@ __all__ = [
     "FUSED_ATTENTION",
     "FakeTensor",
     "FakeTensorMode",
-    "GraphSnapshot",
     "OpOverload",
     "OpOverloadPacket",
     "PassesThroughDynamo",
@@ -238,34 +237,6 @@ def without_recompile_limit() -> AbstractContextManager[Any]:
     """Keep dynamo from giving up on a function that it has compiled a few times, for other backends or options."""
     patch: Any = _dynamo_config.patch  # torch adds it at run time, where mypy can't see it
     return cast("AbstractContextManager[Any]", patch(recompile_limit=2**30, accumulated_recompile_limit=2**30))
-
-
-class GraphSnapshot:
-    """A dynamo graph module as it was, to try another rewrite after one that failed."""
-
-    def __init__(self, graph_module: GraphModule) -> None:
-        self._graphs = [
-            (module, _copy_graph(module.graph), {name for name, _ in module.named_children()})
-            for module in graph_module.modules()
-            if isinstance(module, GraphModule)
-        ]
-
-    def restore(self) -> None:
-        """Undo what happened to the graph and its child graphs, and drop the submodules that were added."""
-        for module, graph, children in self._graphs:
-            for name in [name for name, _ in module.named_children() if name not in children]:
-                delattr(module, name)
-            module.graph = _copy_graph(graph)
-            module.recompile()
-
-
-def _copy_graph(graph: Graph) -> Graph:
-    copied = copy.deepcopy(graph)
-    for old, new in zip(graph.find_nodes(op="placeholder"), copied.find_nodes(op="placeholder"), strict=True):
-        # Dynamo notes where an input comes from on the node itself, which copies only its meta.
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
-    return copied
 
 
 def complete_kernel_options(

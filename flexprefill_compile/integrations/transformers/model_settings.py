@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flexprefill_compile.passes.layer_config import check_layer_is_known, config_for_layer
+from flexprefill_compile.passes.layer_config import check_layers_are_known, config_for_layer
 
 from ...settings.config import SparsePrefillConfig, split_options
 from ...settings.device_defaults import resolve_min_length, resolve_selection
@@ -64,7 +64,7 @@ def find_layer_settings(module: nn.Module, query: Tensor) -> LayerSettings:
     model_config = getattr(module, "config", None)
     parsed = _parse(getattr(model_config, "flexprefill", None), query.device)
     layer = getattr(module, "layer_idx", None)
-    check_layer_is_known(parsed.config, type(module).__name__, layer, 1)
+    check_layers_are_known(parsed.config, type(module).__name__, [layer])
     policy, num_layers = parsed.config.policy, getattr(model_config, "num_hidden_layers", None)
     if isinstance(policy, Policy) and num_layers is not None and policy.model.num_layers > num_layers:
         policy.check_model(num_layers, query.shape[1])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flexprefill_compile.passes.layer_config import check_layer_is_known, config_for_layer, number_layer
+from flexprefill_compile.passes.layer_config import check_layers_are_known, config_for_layer, number_layer
 
 from ...settings.checks import InvalidOptionError
 from ...settings.config import SparsePrefillConfig, split_options
@@ -50,7 +50,7 @@ class Settings:
             InvalidOptionError: The settings by layer or head are for another model, or its name has no number.
         """
         layer = number_layer(name)
-        check_layer_is_known(self.config, name, layer, 1)
+        check_layers_are_known(self.config, name, [layer])
         config = config_for_layer(self.config, layer, num_heads)
         if config is None:
             return None
