@@ -63,11 +63,10 @@ def export(
     if not isinstance(model, nn.Module):
         raise UsageError(f"model must be an nn.Module, as for torch.export, got {type(model).__name__}")
     config = _check_options(options)
-    with torch.no_grad():
+    with torch.no_grad(), without_guards_on_sizes():
         program = _export(_uncompiled(model), args, kwargs, dynamic_shapes)
-        with without_guards_on_sizes():
-            report = _rewrite(program, config, options or {})
-            rewritten = _export(program.module(check_guards=False), args, kwargs, dynamic_shapes)
+        report = _rewrite(program, config, options or {})
+        rewritten = _export(program.module(check_guards=False), args, kwargs, dynamic_shapes)
     rewritten.graph_module.meta[_REPORT] = report
     return rewritten
 

@@ -243,3 +243,20 @@ def test_the_program_that_the_docs_export_runs_sparse(
     exec(compile(example, "docs/export.md", "exec"), names)
     assert export_report(names["program"]).num_rewritten == 1
     assert (tmp_path / "prefill.pt2").exists()
+
+
+def test_prefill_and_decode_are_two_programs_of_one_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    from package_prefill_and_decode import export_both, generate, package  # noqa: PLC0415
+
+    model = create_tiny_llama(num_layers=1)
+    tokens = create_prompts(200)[0][:1]
+    programs = export_both(model, EXACT, longest=512)
+    assert export_report(programs["prefill"]).num_rewritten == 1
+    with fresh_cache():
+        package(programs, tmp_path / "model.pt2", **QUICK)
+        generated = generate(tmp_path / "model.pt2", tokens, num_tokens=4)
+    with torch.no_grad():
+        for _ in range(4):
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated, tokens[:, -4:])
