@@ -10,6 +10,7 @@ depends less than wall time on what else the machine does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -17,15 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch.fx import GraphModule
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from flexprefill_compile import compile_layers_once
 from flexprefill_compile.models import load_model, read_tokens
+from flexprefill_compile.passes.base import GraphPass
 from flexprefill_compile.text_table import format_table
 
 BACKENDS = {"dense": "inductor", "sparse": "flexprefill"}
@@ -50,7 +55,7 @@ def measure(kind: str, tokens: int) -> dict[str, Any]:
     options = {"min_length": 1} if backend == "flexprefill" else {}
     compiled = torch.compile(model, backend=backend, options=options)
     seconds = []
-    with torch.no_grad():
+    with torch.no_grad(), timed_passes() as seconds_of_passes:
         for _ in range(3):
             start, start_user = time.perf_counter(), _user_s()
             compiled(input_ids, use_cache=True)
@@ -62,8 +67,24 @@ def measure(kind: str, tokens: int) -> dict[str, Any]:
         "added to the first prompt": first - run,
         "the same, user time": first_user - run_user,
         **{step: sum(clocks.get(name, [0])) for step, name in STEPS.items()},
+        "the passes": sum(seconds_of_passes),
         "graphs from the cache": torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"],
     }
+
+
+@contextlib.contextmanager
+def timed_passes() -> Iterator[list[float]]:
+    """Collect the seconds that each of this project's passes takes meanwhile."""
+    seconds: list[float] = []
+    run = GraphPass.__call__
+
+    def timed(own: GraphPass, graph_module: GraphModule) -> None:
+        start = time.perf_counter()
+        run(own, graph_module)
+        seconds.append(time.perf_counter() - start)
+
+    with mock.patch.object(GraphPass, "__call__", timed):
+        yield seconds
 
 
 def _user_s() -> float:
@@ -74,7 +95,7 @@ def _user_s() -> float:
 def run_apart(kind: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure in a fresh process, whose caches are in a folder."""
     environment = os.environ | {
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / kind),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / str(KINDS.index(kind))),
         "OMP_NUM_THREADS": str(arguments.threads),
         "TORCHINDUCTOR_COMPILE_THREADS": str(arguments.threads),
     }

@@ -1,4 +1,4 @@
-"""Export a Hugging Face model as two programs of one AOTInductor package, a sparse prefill and a decode step, and run it.
+"""Export a Hugging Face model as two programs of one AOTInductor package, a sparse prefill and a decode step; run it.
 
 Run: python examples/package_prefill_and_decode.py --model FOLDER_OR_GGUF --text FILE --output model.pt2
 

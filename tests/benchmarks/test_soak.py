@@ -55,6 +55,16 @@ def test_noise_and_what_compilation_takes_are_no_fault() -> None:
     assert judge(make_records(**compiling, us_per_token=lambda minute: 20 + minute % 3)) == []
 
 
+def test_a_rare_kind_of_prompt_may_compile_late_and_take_memory() -> None:
+    noise = random.Random(0)
+    late = make_records(
+        graphs=lambda minute: 55 + (minute > 45) + 2 * (minute > 50),
+        resident_mib=lambda minute: 900 + 40 * (minute > 45) + 80 * (minute > 50) + noise.uniform(-9, 9),
+        tensors=lambda minute: 5000 + 300 * (minute > 45) + 600 * (minute > 50),
+    )
+    assert judge(late) == []
+
+
 @pytest.mark.parametrize(
     ("name", "figure", "sentence"),
     [
