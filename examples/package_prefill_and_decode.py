@@ -116,8 +116,8 @@ def generate(path: Path, input_ids: Tensor, num_tokens: int) -> Tensor:
 def main() -> None:
     """Export, package, load and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder or a GGUF file; SmolLM2 if left out")
-    parser.add_argument("--text", help="a file; a text of the package if left out")
+    parser.add_argument("--model", type=Path, help="a folder or a GGUF file; SmolLM2 if left out")
+    parser.add_argument("--text", type=Path, help="a file; a text of the package if left out")
     parser.add_argument("--tokens", type=int, default=2048, help="of the prompt")
     parser.add_argument("--output", type=Path, default=Path("model.pt2"))
     arguments = parser.parse_args()
