@@ -56,7 +56,7 @@ class SequenceParallelPass(GraphPass):
         self._inputs: list[Node] = []
 
     def run(self, graph_module: GraphModule) -> None:
-        """Spread the calls of the graph and its child graphs.
+        """Spread the calls of the graph.
 
         Raises:
             SequenceParallelError: An attention call, its mask or its positions would come out wrong.
@@ -69,6 +69,8 @@ class SequenceParallelPass(GraphPass):
             arguments = {call: bind_arguments(call) for call in calls}
             for call in calls:
                 check_call(call, arguments[call], self.group)
+                if module is not graph_module:
+                    raise refuse(call, "it is in a region of its own, which doesn't show where positions come from")
             lengths = [example_of(arguments[call]["query"]).shape[2] for call in calls]
             local = find_local_positions(module.graph, lengths)
             masks = WholeMasks(module.graph, self.config, self.group)

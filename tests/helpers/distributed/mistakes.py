@@ -85,6 +85,16 @@ def attend_to_copies(x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
 
 
+@torch.compiler.nested_compile_region
+def attend(x: Tensor) -> Tensor:
+    query = x.unflatten(-1, (4, 16)).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, query, query, is_causal=True)
+
+
+def attend_in_a_region(x: Tensor) -> Tensor:
+    return attend(x) + attend(x.sin())  # dynamo inlines a region that runs once
+
+
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "arange": LocalPositions("arange"),
     "getitem": LocalPositions("slice"),
@@ -93,6 +103,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "isn't causal": attend_both_ways,
     "3 query heads": attend_with_heads,
     "may be the length of the stretch": attend_under(lengthwise_window),
+    "it is in a region of its own": attend_in_a_region,
     "200 queries after as many keys of earlier chunks": attend_after(torch.zeros(1, 4, 200, 16)),
     "is_causal counts its queries from the first key": attend_after(torch.zeros(1, 4, 72, 16), is_causal=True),
     "200 queries and 400 keys, not those of a DynamicCache": attend_to_copies,
