@@ -99,8 +99,7 @@ class FlexPrefillBackend:
             self.warns = False
             warnings.warn("attention stays dense under autograd: call the model under torch.no_grad()", stacklevel=2)
         if spread is not None and spread.calls:
-            agreed = (spread.calls, spread.length, example_inputs, spread.past)
-            return agree_first(compiled, spread.group, config, *agreed)
+            return agree_first(compiled, spread.group, config, spread.calls, spread.length, example_inputs, spread.past)
         return compiled
 
     def reset(self) -> None:

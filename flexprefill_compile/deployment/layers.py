@@ -2,7 +2,7 @@
 
     model -> its lists of layers -> each layer's forward a region of torch.compile -> torch.compile as ever
 
-torch still traces every layer, then generates code for one graph of each kind.
+torch traces layers anew where they may differ, and generates code for one graph of each kind.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _MARK = "_flexprefill_region"
 def compile_layers_once(model: ModuleT) -> ModuleT:
     """Let ``torch.compile`` generate code once for all layers that are alike; call it before the model is compiled.
 
-    It marks each layer, an entry of an ``nn.ModuleList`` or ``nn.Sequential`` beside others of its class, as
-    ``torch.compiler.nested_compile_region`` does. Results don't change, and settings by layer hold: layers of other
-    settings get code of their own.
+    It marks each layer, an entry of an ``nn.ModuleList`` or ``nn.Sequential`` with parts of its own beside others of its
+    class, as ``torch.compiler.nested_compile_region`` does. Results don't change, and settings by layer hold: layers of
+    other settings get code of their own.
 
     Leave ``dynamic`` of ``torch.compile`` unset; changes of length are seen. ``dynamic=True`` makes inputs of a layer's
     own floats too, which torch can't compile as the scale of an attention in a region, unless
@@ -64,8 +64,10 @@ def _mark(kind: Any, num_layers: int) -> Any:
 def _find_layers(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost layers of a model: those of an expert, or of a part of a layer, belong to it."""
     for child in module.children():
-        classes = [type(entry) for entry in child.children()]
+        # An nn.Linear beside another is no layer: it has no parts.
+        entries = [entry for entry in child.children() if list(entry.children())]
+        classes = [type(entry) for entry in entries]
         if isinstance(child, nn.ModuleList | nn.Sequential) and len(classes) > len(set(classes)):
-            yield from (entry for entry in child.children() if classes.count(type(entry)) > 1)
+            yield from (entry for entry in entries if classes.count(type(entry)) > 1)
         else:
             yield from _find_layers(child)

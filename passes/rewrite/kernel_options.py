@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flexprefill_compile.settings.config import SparsePrefillConfig
 from flexprefill_compile.settings.device_defaults import is_flash_available
+from flexprefill_compile.torch_internals import statically_known_true
 
 # Hopper's tiles and TMA were chosen on an H100 with torch 2.11: bfloat16, 32768 tokens, 24 % of the blocks, TFLOP/s:
 #   head dimension   blocks of   here   otherwise

@@ -155,7 +155,7 @@ def test_uncompiled_copied_or_marked_twice_the_model_is_what_it_was() -> None:
 
 
 def test_what_has_no_layers_is_refused() -> None:
-    for model in (nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU())):
+    for model in (nn.Linear(2, 2), nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))})):
         with pytest.raises(UsageError, match=f"{type(model).__name__} has no list of layers of one class"):
             compile_layers_once(model)
     with pytest.raises(UsageError, match=r"model must be an nn\.Module, got function"):
