@@ -22,9 +22,9 @@ _MARK = "_flexprefill_region"
 def compile_layers_once(model: ModuleT) -> ModuleT:
     """Let ``torch.compile`` generate code once for all layers that are alike; call it before the model is compiled.
 
-    It marks each layer, an entry of an ``nn.ModuleList`` or ``nn.Sequential`` with parts of its own beside others of its
-    class, as ``torch.compiler.nested_compile_region`` does. Results don't change, and settings by layer hold: layers of
-    other settings get code of their own.
+    It marks each layer as ``torch.compiler.nested_compile_region`` does: an entry of an ``nn.ModuleList`` or
+    ``nn.Sequential`` with parts of its own, beside others of its class. Results don't change, and settings by layer
+    hold: layers of other settings get code of their own.
 
     Leave ``dynamic`` of ``torch.compile`` unset; changes of length are seen. ``dynamic=True`` makes inputs of a layer's
     own floats too, which torch can't compile as the scale of an attention in a region, unless
